@@ -1,0 +1,360 @@
+"""The score program: what happens to a score between ``q @ k.T`` and the softmax, as a small immutable expression.
+
+A program is a pure function ``f(s; b, h, q, k, captured tensors, integer parameters)`` of one raw dot product
+``s = sum_d q[b, h, q, d] * k[b, h, k, d]``. It is written down once and read by many: the dense torch evaluation
+(`evaluate`), the Triton source (`codegen`), the gradient (`derivative`), the tile bounds (`tiles`) and the report.
+
+Text form, one definition a line, the last one is the result (same text = same kernel)::
+
+    captures float[2] bool[2]
+    params 1
+    %0 = score
+    %1 = const 0.125
+    %2 = mul %0 %1
+    ...
+
+Every node has a kind: ``float`` (evaluated in fp32, or fp64 for fp64 inputs), ``int`` or ``bool``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+__all__ = ["LEAVES", "OPS", "Capture", "Node", "Program", "SIZES", "parse", "postorder"]
+
+# Leaves. attr: const -> value; index -> one of "b h q k" (the element) or "q0 q1 k0 k1" (first, last of a tile);
+# size -> "B H N M"; param -> position; load -> capture position (args: one int node per dim of the capture);
+# grad -> none (the cotangent of the result, in derivative expressions only).
+LEAVES = frozenset({"const", "score", "index", "size", "param", "load", "grad"})
+SIZES = ("B", "H", "N", "M")
+INDICES = ("b", "h", "q", "k", "q0", "q1", "k0", "k1")
+
+# op -> (number of arguments, kind of the result); "same" is the kind of the last argument.
+OPS: dict[str, tuple[int, str]] = {
+    **dict.fromkeys(("add", "sub", "mul", "maximum", "minimum"), (2, "same")),  # maximum/minimum propagate NaN
+    **dict.fromkeys(("neg", "abs"), (1, "same")),
+    **dict.fromkeys(("div", "pow"), (2, "float")),
+    **dict.fromkeys(
+        ("exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "sin", "cos", "erf", "floor", "ceil", "trunc", "log1p", "expm1"),
+        (1, "float"),
+    ),
+    **dict.fromkeys(("floordiv", "mod"), (2, "int")),  # Python's rounding (towards -inf); divisor > 0
+    **dict.fromkeys(("lt", "le", "gt", "ge", "eq", "ne", "and", "or", "xor"), (2, "bool")),
+    "not": (1, "bool"),
+    "isnan": (1, "bool"),
+    "isinf": (1, "bool"),
+    "where": (3, "same"),
+    "to_float": (1, "float"),  # from int or bool
+    "to_int": (1, "int"),  # from float (towards zero) or bool
+    "to_bool": (1, "bool"),  # != 0
+    "round_float16": (1, "float"),  # round to the 16-bit format and back: keeps -1e9 -> -inf of a half mask
+    "round_bfloat16": (1, "float"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """One definition. Nodes are interned: equal nodes are the same object, so ``is`` compares expressions."""
+
+    op: str
+    args: tuple[Node, ...] = ()
+    attr: object = None
+    kind: str = "float"
+
+    _table = {}  # noqa: RUF012 - the intern table, not a field
+
+    @staticmethod
+    def make(op: str, *args: Node, attr: object = None, kind: str | None = None) -> Node:
+        if kind is None:
+            kind = _kind(op, args, attr)
+        key = (op, args, type(attr), repr(attr) if isinstance(attr, float) else attr, kind)
+        node = Node._table.get(key)
+        if node is None:
+            node = Node._table[key] = Node(op, args, attr, kind)
+        return node
+
+    def __repr__(self) -> str:
+        inner = [*([repr(self.attr)] if self.attr is not None else []), *map(repr, self.args)]
+        return f"{self.op}({', '.join(inner)})"
+
+    @cached_property
+    def leaves(self) -> frozenset[Node]:
+        """Every leaf below (a load counts, and so do the leaves of its index)."""
+        own = {self} if self.op in LEAVES else set()
+        return frozenset(own.union(*(a.leaves for a in self.args))) if self.args else frozenset(own)
+
+    def depends_on(self, *names: str) -> bool:
+        """Whether any index variable of `names` (or "score") is read below."""
+        return any(n.attr in names if n.op == "index" else n.op in names for n in self.leaves)
+
+
+def _kind(op: str, args: tuple[Node, ...], attr: object) -> str:
+    if op == "const":
+        return {bool: "bool", int: "int", float: "float"}[type(attr)]
+    if op in ("index", "size", "param"):
+        return "int"
+    if op in ("score", "grad"):
+        return "float"
+    if op not in OPS:
+        raise ValueError(f"fusion_kernels: unknown operation {op!r} in a score program; known: {', '.join(sorted(OPS))}")
+    arity, kind = OPS[op]
+    if len(args) != arity:
+        raise ValueError(f"fusion_kernels: {op!r} takes {arity} arguments in a score program, got {len(args)}")
+    return args[-1].kind if kind == "same" else kind
+
+
+# ---------------------------------------------------------------- builders (constant folding that is exact in IEEE arithmetic)
+
+
+def const(value: float | int | bool) -> Node:
+    return Node.make("const", attr=value)
+
+
+def _fold(op: str, *args: Node) -> Node | None:
+    """Exact simplifications only: 0 * x, x - x and reassociation of floats are left alone (inf, NaN)."""
+    a = args[0]
+    b = args[1] if len(args) > 1 else None
+    values = [x.attr for x in args]
+    if all(x.op == "const" for x in args) and op in _FOLDS:
+        try:
+            value = _FOLDS[op](*values)
+        except (ValueError, ZeroDivisionError, OverflowError):
+            return None
+        kind = _kind(op, args, None)
+        return const({"float": float, "int": int, "bool": bool}[kind](value))
+    is_const = [x.op == "const" for x in args]
+    if op == "add" and b is not None:
+        if is_const[1] and b.attr == 0 and not isinstance(b.attr, bool):
+            return a
+        if is_const[0] and a.attr == 0 and not isinstance(a.attr, bool):
+            return b
+    if op == "sub" and is_const[1] and values[1] == 0:
+        return a
+    if op in ("mul", "div", "floordiv") and is_const[1] and values[1] == 1 and b is not None and b.kind == a.kind:
+        return a
+    if op == "mul" and is_const[0] and values[0] == 1 and b is not None and b.kind == a.kind:
+        return b
+    if op == "mul" and a.kind == "int" and 0 in [v for v, c in zip(values, is_const, strict=True) if c]:
+        return const(0)
+    if op == "where":
+        if is_const[0]:
+            return args[1] if a.attr else args[2]
+        if args[1] is args[2]:
+            return args[1]
+    if op in ("and", "or") and b is not None:
+        for x, other in ((a, b), (b, a)):
+            if x.op == "const":
+                return (other if x.attr else x) if op == "and" else (x if x.attr else other)
+        if a is b:
+            return a
+    if op == "not" and a.op == "not":
+        return a.args[0]
+    if op == "to_bool" and a.kind == "bool":
+        return a
+    if op == "to_bool" and a.op in ("to_float", "to_int") and a.args[0].kind == "bool":
+        return a.args[0]
+    if op == "to_int" and a.kind == "int":
+        return a
+    if op == "to_float" and a.kind == "float":
+        return a
+    return None
+
+
+def apply(op: str, *args: Node) -> Node:
+    """The node ``op(*args)``, folded where that changes no bit of any value."""
+    folded = _fold(op, *args) if args else None
+    return folded if folded is not None else Node.make(op, *args)
+
+
+def _f16(x: float) -> float:
+    import struct
+
+    if math.isinf(x) or math.isnan(x):
+        return x
+    try:
+        return struct.unpack("e", struct.pack("e", x))[0]
+    except OverflowError:
+        return math.copysign(math.inf, x)
+
+
+def _bf16(x: float) -> float:
+    import struct
+
+    if math.isinf(x) or math.isnan(x):
+        return x
+    try:
+        bits = struct.unpack("I", struct.pack("f", x))[0]
+    except OverflowError:
+        return math.copysign(math.inf, x)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return struct.unpack("f", struct.pack("I", bits & 0xFFFFFFFF))[0]
+
+
+_FOLDS: dict[str, Callable] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "neg": lambda a: -a,
+    "abs": abs,
+    "maximum": max,
+    "minimum": min,
+    "floordiv": lambda a, b: a // b,
+    "mod": lambda a, b: a % b,
+    "lt": lambda a, b: a < b,
+    "le": lambda a, b: a <= b,
+    "gt": lambda a, b: a > b,
+    "ge": lambda a, b: a >= b,
+    "eq": lambda a, b: a == b,
+    "ne": lambda a, b: a != b,
+    "and": lambda a, b: a and b,
+    "or": lambda a, b: a or b,
+    "xor": lambda a, b: a != b,
+    "not": lambda a: not a,
+    "to_float": float,
+    "to_int": int,
+    "to_bool": lambda a: a != 0,
+    "sqrt": math.sqrt,
+    "round_float16": _f16,
+    "round_bfloat16": _bf16,
+}
+
+
+# ---------------------------------------------------------------- programs
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A captured tensor as the program sees it. kind: "float", "int" or "bool"; rank: number of dims (0 to 6)."""
+
+    kind: str
+    rank: int
+
+
+@dataclass(frozen=True)
+class Program:
+    """A score program: the result node, what it captures, and how many integer parameters it reads."""
+
+    root: Node
+    captures: tuple[Capture, ...] = ()
+    params: int = 0
+
+    @cached_property
+    def text(self) -> str:
+        """The canonical text: two programs that compute the same expression from the same captures have the same text."""
+        lines = ["captures " + " ".join(f"{c.kind}[{c.rank}]" for c in self.captures) if self.captures else "captures"]
+        lines.append(f"params {self.params}")
+        names: dict[Node, str] = {}
+        for node in postorder(self.root):
+            parts = [node.op]
+            if node.attr is not None:
+                parts.append(repr(node.attr))
+            parts += [names[a] for a in node.args]
+            names[node] = f"%{len(names)}"
+            lines.append(f"{names[node]} = {' '.join(parts)}")
+        return "\n".join(lines)
+
+    @cached_property
+    def loads(self) -> tuple[Node, ...]:
+        """Every load, in the order of the text."""
+        return tuple(n for n in postorder(self.root) if n.op == "load")
+
+    def with_root(self, root: Node) -> Program:
+        return Program(root, self.captures, self.params)
+
+
+def postorder(*roots: Node) -> Iterator[Node]:
+    """Each node below the roots once, arguments first; iterative, so a deep expression does not hit the recursion limit."""
+    seen: set[Node] = set()
+    stack: list[tuple[Node, bool]] = [(r, False) for r in reversed(roots)]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            yield node
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((a, False) for a in reversed(node.args) if a not in seen)
+
+
+def rebuild(root: Node, replace: Callable[[Node, tuple[Node, ...]], Node | None]) -> Node:
+    """`root` with every node rebuilt bottom-up; `replace(node, new_args)` may return a substitute, or None to keep it."""
+    done: dict[Node, Node] = {}
+    for node in postorder(root):
+        args = tuple(done[a] for a in node.args)
+        new = replace(node, args)
+        if new is None:
+            new = node if args == node.args else (
+                Node.make(node.op, *args, attr=node.attr, kind=node.kind) if node.op in LEAVES else apply(node.op, *args)
+            )
+        done[node] = new
+    return done[root]
+
+
+def _value(text: str) -> float | int | bool:
+    if text in ("True", "False"):
+        return text == "True"
+    if text in ("inf", "-inf", "nan"):
+        return float(text)
+    return float(text) if any(c in text for c in ".en") else int(text)
+
+
+@lru_cache(maxsize=1024)
+def parse(text: str) -> Program:
+    """The program written in `text`.
+
+    Raises:
+        ValueError: the text is not a score program; the message names the line.
+    """
+    lines = text.strip().splitlines()
+    if len(lines) < 3 or not lines[0].startswith("captures") or not lines[1].startswith("params "):
+        raise ValueError(f"fusion_kernels: a score program starts with 'captures' and 'params' lines, got {text[:80]!r}")
+    captures = []
+    for word in lines[0].split()[1:]:
+        kind, _, rank = word.rstrip("]").partition("[")
+        captures.append(Capture(kind, int(rank)))
+    nodes: dict[str, Node] = {}
+    last = None
+    for line in lines[2:]:
+        try:
+            name, _, body = line.partition(" = ")
+            op, *words = body.split()
+            args = tuple(nodes[w] for w in words if w.startswith("%"))
+            attrs = [w for w in words if not w.startswith("%")]
+            attr: object = None
+            if op in ("index", "size"):
+                attr = attrs[0].strip("'")
+            elif op == "const":
+                attr = _value(attrs[0])
+            elif attrs:
+                attr = int(attrs[0])
+            kind = captures[attr].kind if op == "load" and isinstance(attr, int) else None
+            last = nodes[name] = Node.make(op, *args, attr=attr, kind=kind)
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"fusion_kernels: cannot read {line!r} of a score program: {error}") from error
+    assert last is not None
+    return Program(last, tuple(captures), int(lines[1].split()[1]))
+
+
+def load(capture: int, kind: str, index: Iterable[Node]) -> Node:
+    """Element ``capture[index]``; every index must be inside the tensor for every (b, h, q, k)."""
+    return Node.make("load", *index, attr=capture, kind=kind)
+
+
+def index(name: str) -> Node:
+    return Node.make("index", attr=name)
+
+
+def size(name: str) -> Node:
+    return Node.make("size", attr=name)
+
+
+def param(i: int) -> Node:
+    return Node.make("param", attr=i)
+
+
+SCORE = Node.make("score")
+GRAD = Node.make("grad")
