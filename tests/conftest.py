@@ -1,0 +1,32 @@
+"""Every test starts from a fresh Dynamo, with errors inside the pass raised instead of reported."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+
+os.environ["FUSION_PASS_STRICT"] = "1"
+for name in ("FUSION_PASS", "FUSION_PASS_REPORT"):  # a developer's own switches are not the tests'
+    os.environ.pop(name, None)
+
+import pytest
+import torch
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """No compiled code, compile counters or random state of one test in the next; nothing is imported for it."""
+    torch.manual_seed(0)
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are for `make test-gpu`: they are left out, not skipped, where there is no device."""
+    if torch.cuda.is_available():
+        return
+    items[:] = [item for item in items if item.get_closest_marker("gpu") is None]
