@@ -1,0 +1,53 @@
+# Everything on a fresh machine with Python (3.11 or later), git and make: `make demo`, `make test`, `make lint`.
+# Each makes .venv from requirements-dev.txt first, when it is missing or older than that file.
+# On a machine that has its own torch: `make test-gpu PY=python3` runs with that Python and installs nothing.
+
+PYTHON ?= python3
+
+ifeq ($(origin PY),undefined)
+PY := .venv/bin/python
+READY := .venv/.installed
+endif
+
+# Set for every recipe: the packages are found also where nothing was installed, and no model is looked for on a network.
+export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help demo test lint fuzz test-gpu clean
+
+help:
+	@echo "make demo      real models, eager beside fused (examples/quickstart.py)"
+	@echo "make test      every test that needs no GPU"
+	@echo "make lint      ruff and pyright"
+	@echo "make fuzz      the long fuzz"
+	@echo "make test-gpu  the tests that need a CUDA device"
+	@echo "make clean     remove .venv and everything that was built"
+
+demo: $(READY)
+	$(PY) examples/quickstart.py
+
+test: $(READY)
+	$(PY) -m pytest -m "not gpu and not fuzz" tests
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright
+
+fuzz: $(READY)
+	$(PY) -m pytest -m fuzz tests
+
+test-gpu: $(READY)
+	$(PY) -m pytest -m gpu tests
+
+# torch comes first and alone: with the build that pip is configured to find, and with nothing else pulling another in.
+.venv/.installed: requirements-dev.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, this is " + sys.version if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements-dev.txt)"
+	.venv/bin/python -m pip install --quiet -r requirements-dev.txt
+	.venv/bin/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf .venv dist build out .pytest_cache .ruff_cache .hypothesis
