@@ -1,0 +1,205 @@
+"""How the tests of the pass compile, run and judge: one place for the rule that a fused result is held to.
+
+The rule: with float64 eager as the truth, a fused result may be wrong by twice what eager itself is wrong by in the same dtypes,
+plus an epsilon: half a unit in the last place of the largest value (a result is rounded once, however exact its sum), and sixteen
+units of the accumulation's dtype at the scale of the operands (eager's own error is exactly 0 where a row has a single key; that of
+a fused backward, which gets ``sum(p dp)`` as ``sum(o do)``, is a few roundings). NaN and inf must be where eager has them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+import fusion_pass
+from fusion_pass.report import Report
+
+__all__ = ["Exact", "Recorder", "Result", "Watch", "assert_rule", "assert_same", "differs", "fused_nodes", "run", "sites_text"]
+
+
+class Exact(TorchDispatchMode):
+    """Casts to a float dtype become casts to float64: code with ``.float()`` or ``dtype=`` inside gets a float64 meaning."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if isinstance(kwargs.get("dtype"), torch.dtype) and kwargs["dtype"].is_floating_point:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+@dataclass
+class Watch(TorchDispatchMode):
+    """Notes every op that makes a tensor of at least `numel` elements whose last dims are `tail`, in either order."""
+
+    tail: tuple[int, int]
+    numel: int
+    seen: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.numel() >= self.numel and sorted(x.shape[-2:]) == sorted(self.tail):
+                self.seen.append(f"{func} -> {tuple(x.shape)}")
+        return out
+
+
+class Recorder:
+    """A Dynamo backend that keeps the graphs it is given and runs them by another one."""
+
+    def __init__(self, inner: str = "eager") -> None:
+        self.inner, self.graphs = inner, []
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.graphs.append(copy.deepcopy(gm))
+        return torch._dynamo.lookup_backend(self.inner)(gm, list(example_inputs))
+
+    def lines(self) -> list[tuple[str, str, str]]:
+        """(op, name, target) of each node, regions of checkpoints included: two equal lists are two equal graphs."""
+        return [(n.op, n.name, str(n.target)) for gm in self.graphs for n in _nodes(gm)]
+
+
+def _nodes(gm: GraphModule) -> Iterator[torch.fx.Node]:
+    for module in gm.modules():
+        if isinstance(module, GraphModule):
+            yield from module.graph.nodes
+
+
+def fused_nodes(graphs: Iterable[GraphModule]) -> int:
+    """How many fused attention ops the graphs hold."""
+    targets = [n.target for gm in graphs for n in _nodes(gm) if n.op == "call_function"]
+    return sum(getattr(x, "namespace", None) == "fusion_kernels" for x in targets)
+
+
+@dataclass
+class Result:
+    """Outputs and gradients of one run, detached; gradients in the order of the inputs, then the module's parameters."""
+
+    outputs: list[Any]
+    gradients: list[Tensor | None]
+
+    def named(self) -> list[tuple[str, Any]]:
+        outputs = [(f"output {i}", x) for i, x in enumerate(self.outputs)]
+        return outputs + [(f"gradient {i}", x) for i, x in enumerate(self.gradients)]
+
+
+def run(
+    fn: Callable[..., Any], inputs: Sequence[Any], *, parameters: Sequence[Tensor] = (), backward: bool = True, seed: int = 7
+) -> Result:
+    """Call `fn` and pull a random cotangent back through it. The cotangents depend on the seed and the shapes alone.
+
+    `fn` gets clones, whose values must come back untouched.
+    """
+    given = [
+        x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x.requires_grad) if _is(x) else x for x in inputs
+    ]
+    before = [x.detach().clone() if _is(x) else x for x in given]
+    out = fn(*given)
+    outputs = [x for x in tree_leaves(out) if _is(x)]
+    generator = torch.Generator().manual_seed(seed)
+    sources = [x for x in [*given, *parameters] if _is(x) and x.requires_grad]
+    targets = [x for x in outputs if x.requires_grad] if backward else []
+    gradients: list[Tensor | None] = []
+    if targets and sources:
+        cotangents = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in targets]
+        cotangents = [c.bfloat16().to(x.dtype) for c, x in zip(cotangents, targets, strict=True)]  # the same in every dtype
+        gradients = list(torch.autograd.grad(targets, sources, cotangents, allow_unused=True))
+    for x, y in zip(given, before, strict=True):
+        if _is(x):
+            assert torch.equal(x.detach().nan_to_num(), y.nan_to_num()), "an input was changed"
+    return Result([x.detach() for x in outputs], gradients)
+
+
+def _is(x: Any) -> bool:
+    return isinstance(x, Tensor)
+
+
+def exactly(fn: Callable[..., Any], inputs: Sequence[Any], *, backward: bool = True, seed: int = 7) -> Result:
+    """`run` in float64: the inputs, a module's parameters, and every cast inside."""
+    up = tree_map(
+        lambda x: x.detach().double().requires_grad_(x.requires_grad) if _is(x) and x.is_floating_point() else x, list(inputs)
+    )
+    parameters: list[Tensor] = []
+    if isinstance(fn, nn.Module):
+        fn = copy.deepcopy(fn).double()
+        parameters = list(fn.parameters())
+    with Exact():
+        return run(fn, up, parameters=parameters, backward=backward, seed=seed)
+
+
+def error(x: Tensor, exact: Tensor) -> float:
+    """Largest absolute error over the finite elements."""
+    finite = torch.isfinite(exact) & torch.isfinite(x)
+    return float((x.double() - exact.double())[finite].abs().max()) if bool(finite.any()) else 0.0
+
+
+def allowed(eager: Tensor, exact: Tensor) -> float:
+    finite = exact.double()[torch.isfinite(exact)]
+    largest = float(finite.abs().max()) if finite.numel() else 0.0
+    work = torch.finfo(torch.float64 if eager.dtype == torch.float64 else torch.float32).eps
+    return 2 * error(eager, exact) + torch.finfo(eager.dtype).eps / 2 * largest + 16 * work * max(1.0, largest)
+
+
+def assert_rule(fused: Result, eager: Result, exact: Result, what: str = "") -> None:
+    """Every output and gradient of `fused` obeys the rule at the top of this file."""
+    for (name, x), (_, e), (_, t) in zip(fused.named(), eager.named(), exact.named(), strict=True):
+        where = f"{what}: {name}"
+        assert (x is None) == (e is None), f"{where}: {'missing' if x is None else 'unexpected'}"
+        if x is None:
+            continue
+        assert x.shape == e.shape, f"{where}: shape {tuple(x.shape)}, eager has {tuple(e.shape)}"
+        assert x.dtype == e.dtype, f"{where}: {x.dtype}, eager has {e.dtype}"
+        if not x.is_floating_point():
+            assert torch.equal(x, e), f"{where}: differs"
+            continue
+        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(kind(x), kind(e)), (
+                f"{where}: {kind.__name__} at {int(kind(x).sum())} places, eager at {int(kind(e).sum())}"
+            )
+        got, limit = error(x, t), allowed(e, t)
+        assert got <= limit, f"{where}: error {got:.3g}, eager's is {error(e, t):.3g}, allowed {limit:.3g}"
+
+
+def assert_same(fused: Result, eager: Result, what: str = "", *, roundings: float = 64) -> None:
+    """Equal to eager itself, up to `roundings` units of its dtype: for what float64 computes otherwise."""
+    for (name, x), (_, e) in zip(fused.named(), eager.named(), strict=True):
+        assert (x is None) == (e is None), f"{what}: {name}"
+        if x is not None:
+            rtol = roundings * torch.finfo(e.dtype).eps if e.is_floating_point() else 0.0
+            torch.testing.assert_close(x, e, rtol=rtol, atol=rtol, equal_nan=True, msg=lambda m, n=name: f"{what}: {n}: {m}")
+
+
+def differs(a: Result, b: Result, exact: Result) -> bool:
+    """Whether the rule, with `a` as eager, would reject `b`: what a twin must do."""
+    try:
+        assert_rule(b, a, exact)
+    except (AssertionError, ValueError):
+        return True
+    return False
+
+
+def sites_text(report: Report) -> str:
+    """The report, for the message of a failed assertion."""
+    return f"\n{report}"
+
+
+def compile_always(fn: Callable[..., Any], recorder: Recorder, **options: Any) -> Callable[..., Any]:
+    """`fn` compiled by the pass with every expressible site fused, the rewritten graphs kept by `recorder`."""
+    torch._dynamo.reset()
+    return torch.compile(fn, backend=fusion_pass.make_backend(inner=recorder, when="always"), fullgraph=True, **options)
+
+
+def assert_fused(report: Report, recorder: Recorder, count: int) -> None:
+    """The report and the graphs agree that `count` sites were fused and none was refused."""
+    assert len(report.fused) == count and not report.refused, f"{count} fused sites wanted{sites_text(report)}"
+    assert fused_nodes(recorder.graphs) == count, f"{fused_nodes(recorder.graphs)} fused ops in the graphs, {count} wanted"

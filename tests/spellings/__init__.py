@@ -1,0 +1,8 @@
+"""Every way to write attention that the pass must see through: one table, filled by the modules of this package."""
+
+from __future__ import annotations
+
+from spellings import biases, contexts, layouts, masks, products, scales, softmaxes, structures  # noqa: F401 - each fills the table
+from spellings.table import SPELLINGS, Spelling, T, make_input, make_inputs
+
+__all__ = ["SPELLINGS", "Spelling", "T", "make_input", "make_inputs"]
