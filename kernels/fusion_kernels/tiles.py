@@ -78,7 +78,7 @@ def _predicates(root: Node) -> list[Node]:
 
 
 def _mask_value(root: Node) -> float | None:
-    """An upper bound of `root` if that makes it a mask whatever the score and the tensors hold (barring NaN and +inf), else None."""
+    """An upper bound of `root` if it makes a mask of it, whatever score and tensors hold (barring NaN, +inf); else None."""
     bounds: dict[Node, float | None] = {}
     for node in postorder(root):
         bounds[node] = _upper(node, [bounds[a] for a in node.args])
@@ -187,24 +187,12 @@ class _Range:
     hi: Node  # half-open; empty where hi <= lo
 
 
-def _add(a: Node, b: Node) -> Node:
-    return apply("add", a, b)
-
-
-def _sub(a: Node, b: Node) -> Node:
-    return apply("sub", a, b)
-
-
 def _min(a: Node, b: Node) -> Node:
     return a if a is b else apply("minimum", a, b)
 
 
 def _max(a: Node, b: Node) -> Node:
     return a if a is b else apply("maximum", a, b)
-
-
-def _int(value: int) -> Node:
-    return const(max(-BIG, min(BIG, value)))
 
 
 def _intersect(a: _Range, b: _Range) -> _Range:
@@ -227,17 +215,38 @@ def _hull(a: _Range, b: _Range) -> _Range:
 def _union(a: _Range, b: _Range) -> _Range:
     """Both, where they meet; else the longer one (a smaller answer is sound where this is asked)."""
     meet = apply("and", apply("le", a.lo, b.hi), apply("le", b.lo, a.hi))
-    longer = apply("ge", _sub(a.hi, a.lo), _sub(b.hi, b.lo))
+    longer = apply("ge", apply("sub", a.hi, a.lo), apply("sub", b.hi, b.lo))
     proper = apply("and", meet, _not(apply("or", _empty(a), _empty(b))))
     return _pick(proper, _Range(_min(a.lo, b.lo), _max(a.hi, b.hi)), _pick(longer, a, b))
 
 
 @dataclass(frozen=True)
 class _Linear:
-    """sum of coefficient * term (each term reads q or k) + rest (reads neither)."""
+    """The sum of coefficient * term, plus a constant; a term is an integer expression that is not itself a sum."""
 
-    terms: tuple[tuple[Node, int], ...]
-    rest: Node
+    terms: tuple[tuple[Node, int], ...] = ()
+    rest: int = 0
+
+    def plus(self, other: _Linear, times: int = 1) -> _Linear:
+        """``self + times * other``; coefficients beyond 2^15 would overflow in a kernel."""
+        terms = dict(self.terms)
+        for term, c in other.terms:
+            terms[term] = terms.get(term, 0) + times * c
+        if any(abs(c) > 2**15 for c in terms.values()):
+            raise _Unknown
+        rest = max(-BIG, min(BIG, self.rest + times * other.rest))
+        return _Linear(tuple((t, c) for t, c in terms.items() if c), rest)
+
+    @property
+    def node(self) -> Node:
+        """The expression again, written as one would."""
+        out = const(0)
+        for term, c in sorted(self.terms, key=lambda t: t[1] < 0):
+            scaled = apply("mul", term, const(abs(c)))
+            out = apply("add" if c > 0 else "sub", out, scaled) if c > 0 or out is not const(0) else apply("neg", scaled)
+        if not self.terms:
+            return const(self.rest)
+        return apply("add", out, const(self.rest)) if self.rest >= 0 else apply("sub", out, const(-self.rest))
 
 
 class _Unknown(Exception):
@@ -246,44 +255,33 @@ class _Unknown(Exception):
 
 def _linear(node: Node) -> _Linear:
     if node.op == "to_float" and node.args[0].kind == "int":
-        return _linear(node.args[0])  # exact below 2^24, and no tile index is larger
+        return _linear(node.args[0])  # exact below 2^24, and no index of a real tile is larger
     if node.op == "const":
         value = node.attr
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or (
-            isinstance(value, float) and not math.isinf(value) and value != int(value)
-        ):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
             raise _Unknown
-        return _Linear((), _int(int(max(-float(BIG), min(float(BIG), value)))))
-    if not node.depends_on("q", "k"):
-        if node.kind != "int":
+        whole = max(-BIG, min(BIG, value))
+        if whole != int(whole):
             raise _Unknown
-        return _Linear((), node)
+        return _Linear(rest=int(whole))
     if node.op in ("add", "sub"):
         a, b = (_linear(x) for x in node.args)
-        sign = 1 if node.op == "add" else -1
-        terms = dict(a.terms)
-        for term, c in b.terms:
-            terms[term] = terms.get(term, 0) + sign * c
-        return _Linear(tuple((t, c) for t, c in terms.items() if c), apply(node.op, a.rest, b.rest))
+        return a.plus(b, 1 if node.op == "add" else -1)
     if node.op == "neg":
-        return _times(_linear(node.args[0]), -1)
+        return _Linear().plus(_linear(node.args[0]), -1)
     if node.op == "mul":
-        for x, c in (node.args, node.args[::-1]):
-            factor = _linear(c) if not c.depends_on("q", "k") else None
-            if factor is not None and factor.rest.op == "const":
-                return _times(_linear(x), factor.rest.attr)  # type: ignore[arg-type]
-        raise _Unknown
+        a, b = (_linear(x) for x in node.args)
+        for factor, other in ((a, b), (b, a)):
+            if not factor.terms:
+                return _Linear().plus(other, factor.rest)
     if node.kind != "int":
         raise _Unknown
-    return _Linear(((node, 1),), const(0))
+    return _Linear(((node, 1),))
 
 
-def _times(a: _Linear, c: int) -> _Linear:
-    if abs(c) > 2**15:
-        raise _Unknown  # the product would overflow in a kernel
-    if not c:
-        return _Linear((), const(0))
-    return _Linear(tuple((t, c * x) for t, x in a.terms), apply("mul", a.rest, const(c)))
+def _over(a: _Linear, c: int) -> _Linear:
+    """floor(a / c), c > 0."""
+    return a if c == 1 else _linear(apply("floordiv", a.node, const(c)))
 
 
 def _interval(node: Node, ends: Mapping[str, tuple[Node, Node]]) -> tuple[Node, Node]:
@@ -294,19 +292,19 @@ def _interval(node: Node, ends: Mapping[str, tuple[Node, Node]]) -> tuple[Node, 
         return ends[node.attr]  # type: ignore[index]
     if node.op in ("add", "sub", "neg", "mul"):
         linear = _linear(node)
-        lo = hi = linear.rest
+        lo = hi = _Linear(rest=linear.rest)
         for term, c in linear.terms:
             if term is node:
-                raise _Unknown
+                raise _Unknown  # a product of indices
             a, b = _interval(term, ends)
             a, b = (a, b) if c > 0 else (b, a)
-            lo, hi = _add(lo, apply("mul", a, const(c))), _add(hi, apply("mul", b, const(c)))
-        return lo, hi
+            lo, hi = lo.plus(_linear(a), c), hi.plus(_linear(b), c)
+        return lo.node, hi.node
     if node.op == "floordiv" and not node.args[1].depends_on("q", "k"):
         a, b = _interval(node.args[0], ends)
         return apply("floordiv", a, node.args[1]), apply("floordiv", b, node.args[1])
     if node.op == "mod" and not node.args[1].depends_on("q", "k"):
-        return const(0), _sub(node.args[1], const(1))
+        return const(0), _linear(node.args[1]).plus(_Linear(rest=-1)).node
     if node.op in ("maximum", "minimum"):
         (a, b), (c, d) = (_interval(x, ends) for x in node.args)
         return apply(node.op, a, c), apply(node.op, b, d)
@@ -335,7 +333,7 @@ class _Solver:
             a, b = (self.solve(x, some, positive) for x in p.args)
             if (p.op == "and") == positive:
                 return _intersect(a, b)
-            return _hull(a, b) if some else _union(a, b)
+            return self._either(a, b, some)
         if p.op == "where":
             c, a, b = p.args
             flat = apply("or", apply("and", c, a), apply("and", _not(c), b))
@@ -352,65 +350,64 @@ class _Solver:
             return _intersect(self._compare("le", a, b, some), self._compare("ge", a, b, some))
         if op == "ne":
             less, more = self._compare("lt", a, b, some), self._compare("gt", a, b, some)
-            return _hull(less, more) if some else _union(less, more)
+            return self._either(less, more, some)
         if op in ("ge", "gt"):
             return self._compare("le" if op == "ge" else "lt", b, a, some)
-        linear = _linear(apply("sub", a, b))  # a <= b is a - b <= 0; a < b is a - b + 1 <= 0
-        if op == "lt":
-            linear = _Linear(linear.terms, _add(linear.rest, const(1)))
-        return self._at_most(linear, const(0), some)
+        difference = _linear(a).plus(_linear(b), -1)  # a <= b is a - b <= 0; a < b is a - b + 1 <= 0
+        return self._at_most(difference.plus(_Linear(rest=int(op == "lt"))), some)
 
-    def _at_most(self, linear: _Linear, bound: Node, some: bool) -> _Range:
-        """Where ``linear <= bound``, for some or for every row of the tile."""
-        mine = tuple((t, c) for t, c in linear.terms if t.depends_on(self.over))
-        bound = _sub(bound, linear.rest)
+    def _at_most(self, linear: _Linear, some: bool) -> _Range:
+        """Where ``linear <= 0``, for some or for every row of the tile."""
+        bound = _Linear(rest=-linear.rest)
+        mine = []
         for term, c in linear.terms:
             if term.depends_on(self.over):
+                mine.append((term, c))
                 continue
             lo, hi = _interval(term, self.ends)
-            bound = _sub(bound, apply("mul", lo if (c > 0) == some else hi, const(c)))
+            bound = bound.plus(_linear(lo if (c > 0) == some else hi), -c)
         if not mine:
-            return _pick(apply("ge", bound, const(0)), self.all, self.none)
+            return _pick(apply("ge", bound.node, const(0)), self.all, self.none)
         if len(mine) > 1:
             raise _Unknown
-        return self._invert(mine[0][0], mine[0][1], bound, some)
+        ((term, c),) = mine
+        if c > 0:
+            return self._below(term, _over(bound, c), some)  # c t <= B is t <= floor(B / c)
+        return self._above(term, _Linear().plus(_over(bound, -c), -1), some)  # -c t <= B is t >= -floor(B / c)
 
-    def _invert(self, term: Node, c: int, bound: Node, some: bool) -> _Range:
-        """Where ``c * term <= bound``; `term` is the index itself, its abs-like or floordiv forms."""
-        if c > 0:  # term <= floor(bound / c)
-            return self._below(term, apply("floordiv", bound, const(c)), some)
-        return self._above(term, apply("neg", apply("floordiv", bound, const(-c))), some)  # term >= ceil(-bound / |c|)
-
-    def _below(self, term: Node, bound: Node, some: bool) -> _Range:  # term <= bound
+    def _below(self, term: Node, bound: _Linear, some: bool) -> _Range:
+        """Where ``term <= bound``."""
         if term.op == "index":
-            return _Range(const(0), _min(_add(bound, const(1)), self.all.hi))
-        x = term.args[0]
-        if term.op == "floordiv" and self._one_sided(term):  # x // d <= t is x <= (t + 1) d - 1
-            return self._at_most(_linear(x), _sub(apply("mul", _add(bound, const(1)), term.args[1]), const(1)), some)
+            return _Range(const(0), _min(bound.plus(_Linear(rest=1)).node, self.all.hi))
+        if term.op == "floordiv" and not term.args[1].depends_on("q", "k"):  # x // d <= t is x <= (t + 1) d - 1
+            end = _linear(apply("mul", bound.plus(_Linear(rest=1)).node, term.args[1]))
+            return self._at_most(_linear(term.args[0]).plus(end, -1).plus(_Linear(rest=1)), some)
+        x = [_linear(a) for a in term.args]
         if term.op == "abs":  # -t <= x <= t
-            return _intersect(self._at_most(_linear(x), bound, some), self._at_most(_times(_linear(x), -1), bound, some))
+            over, under = x[0].plus(bound, -1), _Linear().plus(x[0], -1).plus(bound, -1)
+            return _intersect(self._at_most(over, some), self._at_most(under, some))
         if term.op in ("maximum", "minimum"):
-            a, b = (self._at_most(_linear(y), bound, some) for y in term.args)
-            return _intersect(a, b) if term.op == "maximum" else _hull(a, b) if some else _union(a, b)
+            a, b = (self._at_most(y.plus(bound, -1), some) for y in x)
+            return _intersect(a, b) if term.op == "maximum" else self._either(a, b, some)
         raise _Unknown
 
-    def _above(self, term: Node, bound: Node, some: bool) -> _Range:  # term >= bound
+    def _above(self, term: Node, bound: _Linear, some: bool) -> _Range:
+        """Where ``term >= bound``."""
         if term.op == "index":
-            return _Range(_max(bound, const(0)), self.all.hi)
-        x = term.args[0]
-        less = apply("neg", bound)
-        if term.op == "floordiv" and self._one_sided(term):  # x // d >= t is x >= t d
-            return self._at_most(_times(_linear(x), -1), apply("neg", apply("mul", bound, term.args[1])), some)
+            return _Range(_max(bound.node, const(0)), self.all.hi)
+        if term.op == "floordiv" and not term.args[1].depends_on("q", "k"):  # x // d >= t is x >= t d
+            start = _linear(apply("mul", bound.node, term.args[1]))
+            return self._at_most(start.plus(_linear(term.args[0]), -1), some)
+        x = [_linear(a) for a in term.args]
         if term.op == "abs":  # x >= t or x <= -t
-            a, b = self._at_most(_times(_linear(x), -1), less, some), self._at_most(_linear(x), less, some)
-            return _hull(a, b) if some else _union(a, b)
+            return self._either(self._at_most(bound.plus(x[0], -1), some), self._at_most(x[0].plus(bound), some), some)
         if term.op in ("maximum", "minimum"):
-            a, b = (self._at_most(_times(_linear(y), -1), less, some) for y in term.args)
-            return _intersect(a, b) if term.op == "minimum" else _hull(a, b) if some else _union(a, b)
+            a, b = (self._at_most(bound.plus(y, -1), some) for y in x)
+            return _intersect(a, b) if term.op == "minimum" else self._either(a, b, some)
         raise _Unknown
 
-    def _one_sided(self, term: Node) -> bool:
-        return not term.args[1].depends_on("q", "k")
+    def _either(self, a: _Range, b: _Range, some: bool) -> _Range:
+        return _hull(a, b) if some else _union(a, b)
 
 
 _COMPARE = frozenset({"lt", "le", "gt", "ge", "eq", "ne"})
