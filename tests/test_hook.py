@@ -1,0 +1,197 @@
+"""The pass in Inductor's hook: `enable`, `disable`, the environment switch, and every way in at once."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+
+import pytest
+import torch
+from entries import Runs, attention, python, qkv, runs  # noqa: F401 - runs is a fixture
+from torch._inductor import config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+import fusion_pass
+from fusion_pass.hook import FusionPass, source_hash
+
+
+class UserPass(CustomGraphPass):
+    """A pass of the user's: notes that it ran, and how many of ours had."""
+
+    def __init__(self, runs: Runs | None = None) -> None:
+        self.runs, self.saw = runs, []
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.saw.append(len(self.runs.calls) if self.runs else 0)
+
+    def uuid(self) -> str:
+        return "a user's pass"
+
+
+@pytest.fixture(autouse=True)
+def untouched_config() -> Iterator[None]:
+    before = config.pre_grad_custom_pass, getattr(config, "pre_grad_pass_timing", None)
+    with torch._inductor.utils.fresh_cache():
+        yield
+    fusion_pass.disable()
+    assert (config.pre_grad_custom_pass, getattr(config, "pre_grad_pass_timing", None)) == before
+
+
+def compiled(**options) -> torch.Tensor:
+    torch._dynamo.reset()
+    return torch.compile(attention, **options)(*qkv())
+
+
+def test_enable_and_disable_act_on_plain_torch_compile(runs: Runs) -> None:
+    compiled()
+    assert runs.calls == []
+    fusion_pass.enable()
+    torch.testing.assert_close(compiled(), attention(*qkv()))
+    assert runs.calls == [("profitable", 1)]
+    fusion_pass.disable()
+    compiled()
+    assert len(runs.calls) == 1
+    fusion_pass.disable()  # twice is as good as once
+
+
+def test_the_context_manager_restores_what_was(runs: Runs) -> None:
+    with fusion_pass.enable(when="always"):
+        compiled()
+        with fusion_pass.enable():
+            compiled()
+        compiled()
+    assert config.pre_grad_custom_pass is None
+    compiled()
+    assert [when for when, _ in runs.calls] == ["always", "profitable", "always"]
+
+
+def test_enabling_twice_runs_the_pass_once(runs: Runs) -> None:
+    fusion_pass.enable()
+    fusion_pass.enable(when="always")
+    compiled()
+    assert runs.calls == [("always", 1)]
+
+
+def test_a_wrong_when_changes_nothing() -> None:
+    with pytest.raises(ValueError, match="fusion_pass: when='sometimes' is not known"):
+        fusion_pass.enable(when="sometimes")
+    assert config.pre_grad_custom_pass is None
+
+
+@pytest.mark.parametrize("backend", ["flash", fusion_pass.flash_backend])
+def test_the_hook_and_the_named_backend_run_the_pass_once(backend: object, runs: Runs) -> None:
+    with fusion_pass.enable(when="always"):
+        compiled(backend=backend)
+    assert runs.calls == [("profitable", 1)]
+    assert len(fusion_pass.last_report().sites) == 1
+
+
+def test_a_pass_of_the_user_keeps_running(runs: Runs) -> None:
+    user = UserPass(runs)
+    config.pre_grad_custom_pass = user
+    try:
+        with fusion_pass.enable():
+            compiled()
+            compiled(backend="flash")
+        assert user.saw == [0, 2]
+        assert config.pre_grad_custom_pass is user
+        fusion_pass.enable()
+        fusion_pass.disable()
+        assert config.pre_grad_custom_pass is user
+        compiled()
+        assert len(user.saw) == 3
+        assert len(runs.calls) == 2
+    finally:
+        config.pre_grad_custom_pass = None
+
+
+def test_passes_of_the_user_given_as_a_list_keep_running(runs: Runs) -> None:
+    users = [UserPass(), UserPass()]
+    config.pre_grad_custom_pass = users
+    try:
+        fusion_pass.enable()
+        compiled()
+        fusion_pass.disable()
+        assert [len(user.saw) for user in users] == [1, 1]
+        assert config.pre_grad_custom_pass == users
+    finally:
+        config.pre_grad_custom_pass = None
+
+
+def test_a_warm_cache_still_reports(runs: Runs) -> None:
+    with fusion_pass.enable():
+        compiled()
+        compiled()
+    assert len(runs.calls) == 2
+    assert len(fusion_pass.last_report().sites) == 1
+
+
+def test_bodies_of_autograd_functions_are_left_alone(runs: Runs) -> None:
+    class Own(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            return attention(q, k, v)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad, grad, grad
+
+    q, k, v = (t.requires_grad_() for t in qkv())
+    with fusion_pass.enable():
+        torch.compile(lambda q, k, v: Own.apply(q, k, v) + 1)(q, k, v)
+    assert len(runs.calls) == 1
+
+
+def test_the_cache_key_is_the_sources_and_the_options() -> None:
+    one, other = FusionPass("profitable"), FusionPass("always")
+    assert one.uuid() and other.uuid() and one.uuid() != other.uuid()
+    assert source_hash() in one.uuid()
+    assert one.uuid() != FusionPass("profitable", (UserPass(),)).uuid()
+    assert FusionPass("profitable", (print,)).uuid() is None  # a pass without a key makes ours not cacheable
+
+
+def test_the_pass_is_pickled_with_the_version_of_its_sources() -> None:
+    hook = FusionPass("always")
+    assert pickle.loads(pickle.dumps(hook)) == hook
+    assert source_hash().encode() in pickle.dumps(hook)
+
+
+PLAIN = """
+import sys, torch
+def attention(q, k, v):
+    return torch.softmax(q @ k.transpose(-2, -1) * 0.25, dim=-1) @ v
+assert "torch._inductor" not in sys.modules
+q = torch.ones(2, 3, 5, 4)
+torch.compile(attention)(q, q, q)
+import fusion_pass
+print(len(fusion_pass.last_report().sites), len(fusion_pass.last_report().fused))
+"""
+
+
+@pytest.mark.parametrize(("value", "sites", "fused"), [("1", 1, None), ("always", 1, 1), ("0", 0, 0), ("", 0, 0)])
+def test_the_switch_acts_on_a_program_that_never_heard_of_us(value: str, sites: int, fused: int | None) -> None:
+    seen = python(PLAIN, FUSION_PASS=value).stdout.split()
+    assert int(seen[0]) == sites
+    assert fused is None or int(seen[1]) == fused
+
+
+def test_the_report_is_printed_to_stderr_when_asked_for() -> None:
+    done = python(PLAIN, FUSION_PASS="always", FUSION_PASS_REPORT="1")
+    assert "fusion_pass: graph 0: 1 of 1 attention sites fused" in done.stderr
+    assert "return torch.softmax" not in done.stdout
+
+
+def test_a_value_that_is_not_understood_is_named_and_counts_as_off() -> None:
+    done = python(PLAIN, FUSION_PASS="yess")
+    assert done.stdout.split() == ["0", "0"]
+    assert "FUSION_PASS='yess' is not understood and counts as 0; use one of 0, 1, always" in done.stderr
+
+
+def test_disable_undoes_the_switch() -> None:
+    code = PLAIN.replace("torch.compile(", "__import__('fusion_pass').disable(); torch.compile(")
+    assert python(code, FUSION_PASS="always").stdout.split() == ["0", "0"]
+
+
+def test_the_switch_finds_an_inductor_that_is_there_already() -> None:
+    code = "import torch, torch._inductor.config as c; from fusion_pass import autoload; autoload.activate(); print(c.pre_grad_custom_pass)"
+    assert python(code, FUSION_PASS="1").stdout.count("FusionPass") == 1
