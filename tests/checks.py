@@ -2,8 +2,8 @@
 
 The rule: with float64 eager as the truth, a fused result may be wrong by twice what eager itself is wrong by in the same dtypes,
 plus an epsilon: half a unit in the last place of the largest value (a result is rounded once, however exact its sum), and sixteen
-units of the accumulation's dtype at the scale of the operands (eager's own error is exactly 0 where a row has a single key; that of
-a fused backward, which gets ``sum(p dp)`` as ``sum(o do)``, is a few roundings). NaN and inf must be where eager has them.
+units of the accumulation's dtype at the scale of the operands (eager's own error is exactly 0 where a row has a single key; a
+fused backward's, which gets ``sum(p dp)`` as ``sum(o do)``, is a few roundings). NaN and inf must be where eager has them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ class Exact(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if isinstance(kwargs.get("dtype"), torch.dtype) and kwargs["dtype"].is_floating_point:
             kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if isinstance(out, Tensor) and out.is_floating_point() and not any(map(_is, tree_leaves((args, kwargs)))):
+            return out.double()  # made from numbers, in the default dtype
+        return out
 
 
 @dataclass

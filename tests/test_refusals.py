@@ -1,0 +1,453 @@
+"""What must not fuse: refused for the right reason, the graph handed on unchanged, the result bit for bit eager's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import Recorder, Result, assert_rule, compile_always, exactly, run, sites_text
+from spellings.table import T, make_input, qkv, t
+from torch import Tensor, nn
+
+import fusion_pass
+from fusion_pass.site import Reason
+
+
+@dataclass(frozen=True)
+class Case:
+    fn: Callable[..., Any]
+    inputs: tuple[T, ...]
+    reasons: tuple[Reason, ...]  # one for each site, in order; () for a case that may fuse, but only if it stays right
+
+    def __str__(self) -> str:
+        return self.fn.__name__
+
+    def make(self) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(3)
+        return [make_input(x, generator, torch.float32) for x in self.inputs]
+
+
+CASES: list[Case] = []
+
+
+def refused(*reasons: Reason, inputs: tuple[T, ...] = qkv(n=17, m=17)) -> Callable[[Any], Any]:
+    def register(fn: Any) -> Any:
+        CASES.append(Case(fn, inputs, reasons))
+        return fn
+
+    return register
+
+
+def scores_of(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.mT * 0.25
+
+
+# ---------------------------------------------------------------- the probabilities are used, or changed
+
+
+@refused(Reason.PROBABILITIES_USED)
+def probabilities_returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    p = scores_of(q, k).softmax(-1)
+    return p @ v, p
+
+
+@refused(Reason.PROBABILITIES_USED)
+def probabilities_in_a_loss(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    p = scores_of(q, k).softmax(-1)
+    return p @ v, -(p * (p + 1e-6).log()).sum(-1).mean()
+
+
+@refused(Reason.PROBABILITIES_USED)
+def averaged_weights_returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    p = F.dropout(scores_of(q, k).softmax(-1), 0.0)
+    return p @ v, p.mean(1)
+
+
+@refused(Reason.PROBABILITIES_USED)
+def cast_probabilities_returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    p = scores_of(q, k).softmax(-1).to(torch.float64)
+    return p.float() @ v, p
+
+
+@refused(Reason.PROBABILITIES_EDITED)
+def talking_heads_after(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = scores_of(q, k).softmax(-1)
+    mix = torch.ones(3, 3) + torch.eye(3)
+    return torch.einsum("bhqk,hg->bgqk", p, mix) @ v
+
+
+@refused(Reason.PROBABILITIES_EDITED, inputs=(*qkv(n=17), t(3, 1, 1)))
+def head_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return (scores_of(q, k).softmax(-1) * mask) @ v
+
+
+@refused(Reason.PROBABILITIES_EDITED)
+def top_k_of_probabilities(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = scores_of(q, k).softmax(-1)
+    kept = p >= p.topk(4, dim=-1).values[..., -1:]
+    p = torch.where(kept, p, 0.0)
+    return (p / p.sum(-1, keepdim=True)) @ v
+
+
+@refused(Reason.PROBABILITIES_EDITED)
+def threshold_of_probabilities(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.threshold(scores_of(q, k).softmax(-1), 0.05, 0.0) @ v
+
+
+@refused(Reason.PROBABILITIES_EDITED)
+def mask_after_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    dead = torch.ones(17, 17, dtype=torch.bool).triu(1)
+    return scores_of(q, k).softmax(-1).masked_fill(dead, 0.0) @ v
+
+
+@refused(Reason.PROBABILITIES_EDITED)
+def probabilities_plus_constant(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (scores_of(q, k).softmax(-1) + 1e-3) @ v
+
+
+@refused(Reason.PROBABILITIES_EDITED)
+def dropout_written_by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = scores_of(q, k).softmax(-1)
+    return (p * (torch.arange(17) % 3 > 0) / 0.7) @ v
+
+
+@refused(Reason.PROBABILITIES_EDITED)
+def two_dropouts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.dropout(F.dropout(scores_of(q, k).softmax(-1), 1e-30) * 2, 1e-30) @ v
+
+
+@refused(Reason.PROBABILITIES_EDITED)
+def detached_probabilities(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """No gradient goes to q and k: fusing would make one."""
+    return scores_of(q, k).softmax(-1).detach() @ v
+
+
+@refused()
+def detached_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores_of(q, k).detach().softmax(-1) @ v
+
+
+@refused()
+def probabilities_under_no_grad(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        p = scores_of(q, k).softmax(-1)
+    return p @ v
+
+
+@refused()
+def keys_under_no_grad(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        columns = k.mT * 0.25
+    return (q @ columns).softmax(-1) @ v
+
+
+@refused()
+def bias_detached(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (scores_of(q, k) + (q.sum(-1, keepdim=True) * k.sum(-1).unsqueeze(-2)).detach()).softmax(-1) @ v
+
+
+@refused()
+def probabilities_of_two_products(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    p = scores_of(q, k).softmax(-1)
+    return p @ v, p @ v.square()
+
+
+# ---------------------------------------------------------------- the scores are used, or are no function of q.k
+
+
+@refused(Reason.SCORES_USED)
+def scores_returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    scores = scores_of(q, k)
+    return scores.softmax(-1) @ v, scores
+
+
+@refused(Reason.SCORES_USED)
+def raw_product_used(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    raw = q @ k.mT
+    return (raw * 0.25).softmax(-1) @ v, raw.square().mean()
+
+
+@refused(Reason.SCORES_USED)
+def entropy_by_logsumexp(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    scores = scores_of(q, k)
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+@refused(Reason.NOT_EXPRESSIBLE)
+def top_k_of_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = scores_of(q, k)
+    last = scores.topk(4, dim=-1).values[..., -1:]
+    return scores.masked_fill(scores < last, -torch.inf).softmax(-1) @ v
+
+
+@refused(Reason.NOT_EXPRESSIBLE)
+def scores_normalised_by_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.layer_norm(scores_of(q, k), (17,)).softmax(-1) @ v
+
+
+@refused(Reason.NOT_EXPRESSIBLE)
+def cumulative_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.logsigmoid(scores_of(q, k)).cumsum(-1).softmax(-1) @ v
+
+
+@refused(Reason.NOT_EXPRESSIBLE)
+def scores_shifted_by_roll(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The score of a neighbour: not a function of this element's q.k."""
+    scores = scores_of(q, k)
+    return (scores + scores.roll(1, -1)).softmax(-1) @ v
+
+
+@refused(Reason.NOT_EXPRESSIBLE)
+def scores_and_their_transpose(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = scores_of(q, k)
+    return (scores + scores.mT).softmax(-1) @ v
+
+
+@refused(Reason.NOT_EXPRESSIBLE)
+def talking_heads_before(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mix = torch.ones(3, 3) + torch.eye(3)
+    return torch.einsum("bhqk,hg->bgqk", scores_of(q, k), mix).softmax(-1) @ v
+
+
+@refused()
+def two_products_summed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """DeBERTa, Transformer-XL: content and position scores."""
+    return (q @ k.mT + k @ q.mT * 0.5).softmax(-1) @ v
+
+
+@refused()
+def three_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.mT) * (v @ v.mT) * 0.1).softmax(-1) @ v
+
+
+# ---------------------------------------------------------------- the softmax is another one, or this is no attention
+
+
+@refused(Reason.SOFTMAX_DIM)
+def softmax_over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores_of(q, k).softmax(-2) @ v
+
+
+@refused(Reason.SOFTMAX_DIM)
+def softmax_over_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores_of(q, k).softmax(1) @ v
+
+
+@refused(Reason.SOFTMAX_DIM)
+def softmax_over_batch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores_of(q, k).softmax(0) @ v
+
+
+@refused(Reason.SOFTMAX_DIM)
+def values_summed_over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores_of(q, k).softmax(-1).mT @ v
+
+
+@refused()
+def softmax_of_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores_of(q, k).softmax(-1).softmax(-1) @ v
+
+
+@refused(Reason.NO_SCORES, inputs=(t(5, 17), t(17, 8)))
+def mixture_of_vectors(gate: Tensor, x: Tensor) -> Tensor:
+    return gate.softmax(-1) @ x
+
+
+@refused(Reason.NO_VALUES)
+def weights_only(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores_of(q, k).softmax(-1).sum(1)
+
+
+@refused(Reason.NO_VALUES, inputs=(*qkv(n=17), t(2, 3, 17, 16)))
+def product_added_to(q: Tensor, k: Tensor, v: Tensor, residual: Tensor) -> Tensor:
+    p = scores_of(q, k).softmax(-1)
+    return torch.baddbmm(residual.flatten(0, 1), p.flatten(0, 1), v.flatten(0, 1))
+
+
+@refused()
+def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q.softmax(-1) @ (k.softmax(-2).mT @ v)
+
+
+@refused(Reason.HEAD_DIM, inputs=qkv(b=1, h=1, n=17, d=257))
+def head_dim_over_the_limit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores_of(q, k).softmax(-1) @ v
+
+
+# ---------------------------------------------------------------- writes in place that the description cannot see
+
+
+@refused(Reason.MUTATION)
+def scores_written_through_a_view(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = scores_of(q, k)
+    scores[..., 0].fill_(1.0)
+    return scores.softmax(-1) @ v
+
+
+@refused(Reason.MUTATION)
+def scores_assigned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = scores_of(q, k)
+    scores[:, :, 3:5] = 0.5
+    return scores.softmax(-1) @ v
+
+
+@refused(Reason.MUTATION)
+def scores_assigned_by_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = scores_of(q, k)
+    scores[..., torch.ones(17, 17, dtype=torch.bool).triu(1)] = -1e9
+    return scores.softmax(-1) @ v
+
+
+@refused(Reason.MUTATION)
+def probabilities_written_through_a_view(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        p = scores_of(q, k).softmax(-1)
+        p[..., 0].zero_()
+    return p @ v
+
+
+@refused(Reason.MUTATION)
+def query_written_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The scores were made from the old query; reading q where the site ends would see the new one."""
+    with torch.no_grad():
+        q = q.clone()
+        rows = q.view(-1)
+        scores = scores_of(q, k)
+        rows.mul_(3.0)
+        return scores.softmax(-1) @ v
+
+
+@refused(Reason.MUTATION)
+def keys_written_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        k = k.clone()
+        p = scores_of(q, k).softmax(-1)
+        k[:, 0] = 0.0
+        return p @ v + k
+
+
+@refused()
+def query_written_whole_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        q = q.clone()
+        scores = scores_of(q, k)
+        q.mul_(3.0)
+        return scores.softmax(-1) @ v + q
+
+
+@refused()
+def values_written_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    v = v.clone()
+    p = scores_of(q, k).softmax(-1)
+    v.transpose(1, 2).mul_(2.0)
+    return p @ v
+
+
+@refused()
+def mask_written_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    bias = torch.zeros(17, 17)
+    scores = scores_of(q, k) + bias
+    bias.view(-1)[::2] = -torch.inf
+    return scores.softmax(-1) @ v + bias.exp().sum()
+
+
+@refused()
+def mask_written_before(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    bias = torch.zeros(17, 17)
+    bias[:, 5:] = -torch.inf
+    bias[3].zero_()
+    return (scores_of(q, k) + bias).softmax(-1) @ v
+
+
+# ----------------------------------------------------------------
+
+
+def _bitwise(a: Result, b: Result) -> None:
+    for (name, x), (_, y) in zip(a.named(), b.named(), strict=True):
+        assert (x is None) == (y is None), name
+        assert x is None or torch.equal(x.nan_to_num(nan=7.0), y.nan_to_num(nan=7.0)), f"{name} differs from eager"
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_refused(case: Case, dynamic: bool) -> None:
+    inputs, recorder, untouched = case.make(), Recorder("eager"), Recorder("eager")
+    torch.compile(case.fn, backend=untouched, fullgraph=True, dynamic=dynamic)(*inputs)
+    torch.manual_seed(0)
+    eager = run(case.fn, inputs)
+    torch.manual_seed(0)
+    got = run(compile_always(case.fn, recorder, dynamic=dynamic), inputs)
+    report = fusion_pass.last_report()
+    if not case.reasons:
+        assert_rule(got, eager, exactly(case.fn, inputs), str(case))
+        return
+    assert tuple(site.verdict.reason for site in report.sites) == case.reasons, sites_text(report)
+    assert all(site.verdict.seen for site in report.sites), f"a refusal says what was seen{sites_text(report)}"
+    assert recorder.lines() == untouched.lines(), "the graph of a refused site was changed"
+    _bitwise(got, eager)
+
+
+def test_weights_of_multi_head_attention_returned() -> None:
+    """The averaged weights are an output: nothing fuses, and the call is still one node."""
+    torch.manual_seed(0)
+    module = nn.MultiheadAttention(48, 3, batch_first=True)
+    recorder = Recorder("eager")
+    x = torch.randn(2, 17, 48)
+    compiled = compile_always(lambda x: module(x, x, x, need_weights=True), recorder)
+    torch.testing.assert_close(compiled(x), module(x, x, x, need_weights=True), rtol=0, atol=0)
+    report = fusion_pass.last_report()
+    assert not report.fused and [s.verdict.reason for s in report.sites] == [Reason.PROBABILITIES_USED], sites_text(report)
+
+
+def test_a_refused_site_beside_a_fused_one() -> None:
+    def both(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        first = scores_of(q, k).softmax(-1) @ v
+        p = scores_of(first, k).softmax(-1)
+        return p @ v, p
+
+    inputs, recorder = CASES[0].make(), Recorder("eager")
+    fused = run(compile_always(both, recorder), inputs)
+    report = fusion_pass.last_report()
+    assert [s.verdict.fused for s in report.sites] == [True, False], sites_text(report)
+    assert_rule(fused, run(both, inputs), exactly(both, inputs))
+
+
+def test_small_sites_do_not_pay() -> None:
+    """The default keeps its hands off a site where a fused kernel gains nothing, and says so."""
+
+    def small(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scores_of(q, k).softmax(-1) @ v
+
+    generator = torch.Generator().manual_seed(3)
+    inputs = [make_input(x, generator, torch.float32) for x in qkv(b=1, h=1, n=2, d=4)]
+    untouched, recorder = Recorder("eager"), Recorder("eager")
+    torch.compile(small, backend=untouched)(*inputs)
+    torch._dynamo.reset()
+    torch.compile(small, backend=fusion_pass.make_backend(inner=recorder))(*inputs)
+    report = fusion_pass.last_report()
+    assert [s.verdict.reason for s in report.sites] == [Reason.NOT_PROFITABLE], sites_text(report)
+    assert recorder.lines() == untouched.lines()
+
+
+def test_vmap_and_custom_functions_stay_right() -> None:
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return 3 * gradient * ctx.saved_tensors[0]  # not the derivative, so that its use shows
+
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        inside = torch.vmap(lambda a, b, c: scores_of(a, b).softmax(-1) @ c)(q, k, v)
+        return scores_of(Square.apply(q), k).softmax(-1) @ v + inside
+
+    inputs = CASES[0].make()
+    fused = run(compile_always(fn, Recorder("eager")), inputs)
+    assert_rule(fused, run(fn, inputs), exactly(fn, inputs))
