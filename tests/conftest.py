@@ -10,8 +10,9 @@ os.environ["FUSION_PASS_STRICT"] = "1"
 for name in ("FUSION_PASS", "FUSION_PASS_REPORT"):  # a developer's own switches are not the tests'
     os.environ.pop(name, None)
 
-import pytest
-import torch
+import pytest  # noqa: E402 - the variables above come before torch
+import torch  # noqa: E402
+from entries import Runs  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or min(2, os.cpu_count() or 1))
 
@@ -23,6 +24,16 @@ def fresh_dynamo() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    """Replaces the pass by one that changes nothing and counts, so that only the way in is under test."""
+    from fusion_pass import pipeline
+
+    counter = Runs()
+    monkeypatch.setattr(pipeline, "run_pass", counter)
+    return counter
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

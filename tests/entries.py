@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pytest
 import torch
 
-from fusion_pass import pipeline
 from fusion_pass.site import Reason, Site, Verdict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,14 +37,6 @@ class Runs:
         self.calls.append((when, len(names)))
         verdict = Verdict(fused=False, reason=Reason.NOT_PROFITABLE, seen="a stand-in", needed="the pass")
         return tuple(Site(i, graph, f"model.py:{i}", "softmax(x)", name, verdict) for i, name in enumerate(names))
-
-
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
-    """Replaces the pass by one that changes nothing and counts, so that only the way in is under test."""
-    counter = Runs()
-    monkeypatch.setattr(pipeline, "run_pass", counter)
-    yield counter
 
 
 def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from entries import Runs, attention, qkv, runs  # noqa: F401 - runs is a fixture
+from entries import Runs, attention, qkv
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fusion_pass
@@ -92,7 +92,7 @@ def test_options_for_an_inner_backend_that_takes_none(runs: Runs) -> None:
     def inner(gm, inputs):
         return gm.forward
 
-    with pytest.raises(Exception, match="fusion_pass: options=.* was given, but the inner backend .* takes no options="):
+    with pytest.raises(Exception, match=r"fusion_pass: options=.* was given, but the inner backend .* takes no options="):
         torch.compile(attention, backend=make_backend(inner=inner), options={"max_autotune": True})(*qkv())
 
 

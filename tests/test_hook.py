@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from entries import Runs, attention, python, qkv, runs  # noqa: F401 - runs is a fixture
+from entries import Runs, attention, python, qkv
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
@@ -193,5 +193,10 @@ def test_disable_undoes_the_switch() -> None:
 
 
 def test_the_switch_finds_an_inductor_that_is_there_already() -> None:
-    code = "import torch, torch._inductor.config as c; from fusion_pass import autoload; autoload.activate(); print(c.pre_grad_custom_pass)"
+    code = (
+        "import torch, torch._inductor.config as config\n"
+        "from fusion_pass import autoload\n"
+        "autoload.activate()\n"
+        "print(config.pre_grad_custom_pass)"
+    )
     assert python(code, FUSION_PASS="1").stdout.count("FusionPass") == 1

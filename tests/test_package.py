@@ -6,7 +6,6 @@ import subprocess
 import sys
 import zipfile
 from importlib.metadata import entry_points
-from pathlib import Path
 
 import pytest
 from entries import ROOT, python
@@ -96,12 +95,3 @@ def test_a_failure_of_the_switch_is_one_line_and_torch_goes_on() -> None:
     )
     assert "tensor([2.])" in done.stdout
     assert "fusion_pass: FUSION_PASS is set, but the pass could not be registered" in done.stderr
-
-
-def test_no_source_names_the_place_it_was_written_in() -> None:
-    for path in [
-        *ROOT.glob("*.*"),
-        *(p for d in ("fusion_pass", "kernels", "examples", "tests") for p in (ROOT / d).rglob("*.py")),
-    ]:
-        if path.is_file() and path != Path(__file__):
-            assert str(ROOT) + "/" not in path.read_text(encoding="utf-8"), path
