@@ -34,7 +34,9 @@ class Mod(sympy.Function):
 
 
 def expr_of(value: Any) -> sympy.Expr:
-    """The sympy expression of an int or SymInt; a plain number without assumptions lost."""
+    """The sympy expression of an int, a SymInt, or an expression already."""
+    if isinstance(value, sympy.Expr):
+        return value
     if isinstance(value, torch.SymInt):
         return sympy.sympify(value.node.expr)
     return sympy.Integer(int(value))
@@ -144,8 +146,9 @@ class Axes:
         _, r = self._split(expr, n)
         if r == 0 or self._below(r, n):
             return r
-        if isinstance(r, sympy.Symbol) and r in self.sizes:
-            self.radices.append((r, n))
+        inner, unit = (r.args[0], r.args[1]) if isinstance(r, Div) else (r, sympy.S.One)
+        if isinstance(inner, sympy.Symbol) and inner in self.sizes:
+            self.radices.append((inner, unit * n))
         return Mod(r, n)
 
     def rewrite(self, expr: sympy.Expr, replace: dict[sympy.Symbol, sympy.Expr]) -> sympy.Expr:

@@ -39,6 +39,9 @@ class Value:
     node: torch.fx.Node | None = None  # the Dynamo node that holds it, None inside a composite call
     seq: int = 0
 
+    def __repr__(self) -> str:
+        return f"Value({self.id}, {tuple(self.shape)}, {self.node or self.record})"
+
     @property
     def shape(self) -> torch.Size:
         return self.tensor.shape
@@ -68,6 +71,9 @@ class Record:
             packet = packet[:-1]
         return f"{packet}.{self.func._overloadname}"
 
+    def __repr__(self) -> str:
+        return f"Record({self.seq}, {self.op}, {self.node})"
+
     def inputs(self) -> Iterator[Value]:
         for leaf in pytree.tree_leaves((self.args, self.kwargs)):
             if isinstance(leaf, Value):
@@ -82,6 +88,8 @@ class Shadow:
     values: list[Value] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
     results: dict[torch.fx.Node, Value] = field(default_factory=dict)  # Dynamo node -> the value that it returns
+    returned: dict[torch.fx.Node, Any] = field(default_factory=dict)  # Dynamo node -> all that it returns (fake)
+    opaque: set[torch.fx.Node] = field(default_factory=set)  # nodes taken as given: the tape did not see what they do
     writes: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))  # storage -> seq of each write
     by_node: dict[torch.fx.Node, list[Record]] = field(default_factory=lambda: defaultdict(list))
 
@@ -231,13 +239,15 @@ class _Runner:
         return value
 
     def _opaque(self, node: torch.fx.Node) -> Any:
+        self.shadow.opaque.add(node)
         value = meta_value(node)
-        if value is None and node.op != "call_module":
+        if value is None:
             raise Refused(Reason.CAPTURE, f"the result of {node.format_node()} is not known")
         return pytree.tree_map(self._input, value)
 
     def _tie(self, node: torch.fx.Node, result: Any) -> None:
         """The first node that returns a value holds it."""
+        self.shadow.returned[node] = result
         for tensor in pytree.tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 value = self.recorder.value_of(tensor)

@@ -1,0 +1,166 @@
+"""From ATen calls to one expression: ``Describer.element(value, index)`` is element `index` of a value, as a program node.
+
+This is the normal form.  Views become index arithmetic, pointwise calls become nodes, masks made from ``arange`` become
+comparisons of axes, and a product of matrices becomes one ``dot`` leaf, whatever the spelling.  What has no rule is a leaf:
+a tensor that is loaded.  Leaves beyond those of a score program, all internal to the analysis:
+
+    sym      an integer expression over axes (attr: sympy)
+    value    an element of a tensor (attr: value id, index)
+    dot      sum over an axis of a product (attr: record seq, a id, a index, b id, b index, axis)
+    softmax, log_softmax, sum, amax, logsumexp (one arg, attr: bound axis, ...) and dropout (one arg, attr: p, record seq)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from fusion_kernels.program import Node, apply, postorder, rebuild
+
+from . import pointwise
+from .indexing import Axes, expr_of
+from .pointwise import sym
+from .shadow import Record, Shadow, Value
+from .site import Reason, Refused
+from .views import source_index
+
+__all__ = ["Describer", "has_score", "symbols_of", "sym"]
+
+Index = Sequence[sympy.Expr]
+MAX_ELEMENTS = 4000  # (value, index) pairs of one site: a 20-op score takes about 100
+
+PRODUCTS = {"bmm.default": 0, "mm.default": 0, "baddbmm.default": 1, "addmm.default": 1}  # op -> position of the first factor
+
+
+def has_score(node: Node) -> bool:
+    """Whether a product of matrices, or a softmax, is read below."""
+    return any(n.op == "dot" for n in postorder(node))
+
+
+def symbols_of(node: Node) -> set[sympy.Symbol]:
+    """Every axis and shape symbol that the expression reads, bound axes of reductions excluded."""
+    found: set[sympy.Symbol] = set()
+    for n in postorder(node):
+        if n.op == "sym":
+            found |= n.attr.free_symbols  # pyright: ignore
+        elif n.op in ("value", "dot"):
+            for part in n.attr:  # pyright: ignore
+                for e in part if isinstance(part, tuple) else ():
+                    found |= e.free_symbols
+        elif n.op in REDUCTIONS:
+            found |= getattr(n.attr[1], "free_symbols", set())  # pyright: ignore
+    bound = {n.attr[0] for n in postorder(node) if n.op in REDUCTIONS}  # pyright: ignore
+    return found - bound
+
+
+REDUCTIONS = frozenset({"softmax", "log_softmax", "sum", "amax", "logsumexp"})
+
+
+class Describer:
+    """Element expressions over one tape. One instance a site, so that its axes stay its own."""
+
+    def __init__(self, shadow: Shadow, axes: Axes) -> None:
+        self.shadow, self.axes = shadow, axes
+        self.memo: dict[tuple[int, tuple[sympy.Expr, ...]], Node] = {}
+        self.held: dict[Node, list[tuple[Value, tuple[sympy.Expr, ...]]]] = {}  # node -> tensors that hold its value
+        self.bound: dict[int, sympy.Symbol] = {}  # record seq -> its reduced axis
+        self.seen: set[Value] = set()
+
+    def element(self, value: Value, index: Index) -> Node:
+        """Element `index` of `value`.
+
+        Raises:
+            Refused: (TOO_LARGE) the expression has more parts than `MAX_ELEMENTS`.
+        """
+        key = (value.id, tuple(index))
+        node = self.memo.get(key)
+        if node is not None:
+            return node
+        if len(self.memo) >= MAX_ELEMENTS:
+            raise Refused(Reason.TOO_LARGE, f"more than {MAX_ELEMENTS} parts in one score", "a score of fewer operations")
+        self.memo[key] = self.leaf(value, index)  # a cycle cannot happen; a re-entry would read the tensor
+        try:
+            node = self._element(value, tuple(index))
+        except RecursionError:
+            raise Refused(Reason.TOO_LARGE, "a score nested too deeply", "a score of fewer operations") from None
+        self.memo[key] = node
+        self.seen.add(value)
+        self.held.setdefault(node, []).append((value, tuple(index)))
+        return node
+
+    def leaf(self, value: Value, index: Index) -> Node:
+        kind = "bool" if value.dtype == torch.bool else "float" if value.dtype.is_floating_point else "int"
+        return Node.make("value", attr=(value.id, tuple(index)), kind=kind)
+
+    def _element(self, value: Value, index: tuple[sympy.Expr, ...]) -> Node:
+        step = source_index(self.axes, value, index)
+        if step is not None:
+            return self.element(*step)
+        record = value.record
+        if record is None or value.dtype.is_complex:
+            return self.leaf(value, index)
+        if record.op in PRODUCTS:
+            return self.product(record, index)
+        rule = pointwise.RULES.get(record.op) or pointwise.RULES.get(record.op.partition(".")[0])
+        if rule is None or value.output:
+            return self.leaf(value, index)
+        node = rule(self, record, index, value)
+        if node is None:
+            return self.leaf(value, index)
+        return pointwise.cast(node, value.dtype, rounds=not has_score(node))
+
+    # ------------------------------------------------------------ parts that rules use
+
+    def arg(self, x: Any, record: Record, index: Index) -> Node:
+        """An argument of a pointwise call at `index` of the result: tensors broadcast from the right."""
+        if not isinstance(x, Value):
+            return pointwise.scalar(x)
+        rank = len(x.shape)
+        tail = list(index[len(index) - rank :]) if rank else []
+        return self.element(x, [sympy.S.Zero if expr_of(s) == 1 else i for s, i in zip(x.shape, tail, strict=True)])
+
+    def bound_axis(self, record: Record, size: Any, name: str) -> sympy.Symbol:
+        if record.seq not in self.bound:
+            self.bound[record.seq] = self.axes.new(f"{name}{record.seq}", expr_of(size))
+        return self.bound[record.seq]
+
+    def product(self, record: Record, index: Index) -> Node:
+        """bmm, mm and their forms with an addend: ``alpha * dot + beta * addend``."""
+        first = PRODUCTS[record.op]
+        a, b = record.args[first], record.args[first + 1]
+        *batch, row, column = index
+        inner = self.bound_axis(record, a.shape[-1], "d")
+        node = Node.make(
+            "dot", attr=(record.seq, a.id, (*batch, row, inner), b.id, (*batch, inner, column), inner), kind="float"
+        )
+        if not first:
+            return node
+        alpha, beta = (pointwise.scalar(record.kwargs.get(n, 1)) for n in ("alpha", "beta"))
+        scaled = apply("mul", node, pointwise.to_float(alpha)) if alpha.attr != 1 else node
+        if beta.op == "const" and beta.attr == 0:
+            return scaled  # torch does not read the addend then
+        addend = self.arg(record.args[0], record, index)
+        if beta.attr != 1:
+            addend = apply("mul", addend, pointwise.to_float(beta))
+        return apply("add", addend, scaled)
+
+    def substitute(self, node: Node, replace: dict[sympy.Symbol, sympy.Expr]) -> Node:
+        """The expression with axes replaced everywhere, indices simplified again."""
+
+        def move(expr: Any) -> Any:
+            if isinstance(expr, sympy.Expr):
+                return self.axes.rewrite(expr, replace)
+            return tuple(move(e) for e in expr) if isinstance(expr, tuple) else expr
+
+        def step(n: Node, args: tuple[Node, ...]) -> Node | None:
+            if n.op == "sym":
+                return sym(move(n.attr))
+            if n.op in ("value", "dot") or n.op in REDUCTIONS:
+                return Node.make(n.op, *args, attr=move(n.attr), kind=n.kind)
+            if n.op == "dropout":
+                return Node.make(n.op, *args, attr=n.attr, kind=n.kind)
+            return None
+
+        return rebuild(node, step)

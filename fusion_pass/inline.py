@@ -1,0 +1,72 @@
+"""A composite call opened up: the ATen calls that the tape saw it make, put in its place.
+
+Needed where attention lies inside one call, as in ``F.multi_head_attention_forward``: the pass cuts between calls, not
+inside them.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.fx
+from torch.utils import _pytree as pytree
+
+from .indexing import expr_of
+from .rewrite import Splicer
+from .shadow import Shadow, Value
+from .site import Reason, Refused
+
+__all__ = ["OPENED", "copy_graph", "inline"]
+
+OPENED = "fusion_pass_opened"  # node.meta: the name of the composite call that the node was part of
+
+
+def copy_graph(graph: torch.fx.Graph) -> torch.fx.Graph:
+    """The same nodes with the same names and meta, to go back to."""
+    new = torch.fx.Graph(graph.owning_module, graph._tracer_cls, graph._tracer_extras)
+    mapping: dict[torch.fx.Node, torch.fx.Node] = {}
+    for node in graph.nodes:
+        mapping[node] = new.node_copy(node, mapping.__getitem__)
+    new._codegen = graph._codegen
+    return new
+
+
+def inline(gm: torch.fx.GraphModule, shadow: Shadow, node: torch.fx.Node) -> None:
+    """Replace `node` by its ATen calls.
+
+    Raises:
+        Refused: a result of the call is not one that its ATen calls make.
+    """
+    splicer = Splicer(gm, shadow)
+    made: dict[Value, torch.fx.Node] = {}
+
+    def argument(x: Any) -> Any:
+        if isinstance(x, Value):
+            return made[x] if x in made else x.node
+        return splicer.size(expr_of(x)) if isinstance(x, torch.SymInt) else x
+
+    values = {id(v.tensor): v for r in shadow.by_node[node] for v in r.outputs}
+    with gm.graph.inserting_before(node):
+        for record in shadow.by_node[node]:
+            args, kwargs = pytree.tree_map(argument, (record.args, record.kwargs), is_leaf=lambda x: isinstance(x, (Value, torch.SymInt)))
+            call = splicer.call(record.func, *args, **kwargs)
+            several = isinstance(call.meta["example_value"], (tuple, list))
+            for value in record.outputs:
+                made[value] = splicer.call(operator.getitem, call, value.output) if several else call
+    for new in splicer.added:
+        new.meta[OPENED] = node.name
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            if key in node.meta:
+                new.meta[key] = node.meta[key]
+    result = pytree.tree_map(lambda t: made.get(values.get(id(t))) if isinstance(t, torch.Tensor) else t, shadow.returned[node])  # pyright: ignore
+    for user in list(node.users):
+        if isinstance(result, torch.fx.Node):
+            user.replace_input_with(node, result)
+            continue
+        if user.target is not operator.getitem or not isinstance(result[user.args[1]], torch.fx.Node):
+            raise Refused(Reason.LAYOUT, f"the results of {node.name} are used as a whole")
+        user.replace_all_uses_with(result[user.args[1]])
+        gm.graph.erase_node(user)
+    gm.graph.erase_node(node)

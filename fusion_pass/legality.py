@@ -1,0 +1,111 @@
+"""May a described site be fused, and should it be.
+
+`check` refuses what the op cannot run (dtype, device, head dim) or must not (mutated storages); `profitable` is the cost
+rule.  Both speak of the described site only; whether the scores and probabilities are needed elsewhere is seen in the graph
+after the splice (`rewrite`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import sympy
+import torch
+
+from .indexing import expr_of
+from .match import Match
+from .scores import Scores
+from .shadow import Shadow, Value
+from .site import Reason, Refused
+
+__all__ = ["MAX_HEAD_DIM", "check", "profitable"]
+
+MAX_HEAD_DIM = 256
+DTYPES = {
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+}
+
+
+def check(shadow: Shadow, match: Match, scores: Scores, *, device: torch.device) -> None:
+    """Refuse what cannot or must not be fused.
+
+    Raises:
+        Refused: DEVICE, DTYPE, HEAD_DIM or MUTATION.
+    """
+    allowed = DTYPES.get(device.type)
+    if allowed is None:
+        raise Refused(Reason.DEVICE, f"tensors on {device.type}", "cuda or cpu")
+    q, k, v = match.q, match.k, match.v
+    for name, factor in (("queries", q), ("keys", k), ("values", v)):
+        if factor.dtype not in allowed:
+            raise Refused(Reason.DTYPE, f"{name} of {factor.dtype} on {device.type}", ", ".join(map(str, allowed)))
+    if q.dtype != k.dtype:
+        raise Refused(Reason.DTYPE, f"queries of {q.dtype} and keys of {k.dtype}", "one dtype")
+    for name, size in (("queries and keys", q.shape[3]), ("values", v.shape[3])):
+        known = size.is_Integer
+        if not known or int(size) > MAX_HEAD_DIM:
+            raise Refused(Reason.HEAD_DIM, f"head dim {size} of the {name}" + ("" if known else ", not known when compiling"),
+                          f"a head dim of at most {MAX_HEAD_DIM}")  # fmt: skip
+    for capture in scores.captures:
+        if capture.tensor.device != device and capture.tensor.ndim:
+            raise Refused(Reason.DEVICE, f"a mask or bias on {capture.tensor.device}, queries on {device}", "one device")
+    _check_writes(shadow, match, scores)
+
+
+def _check_writes(shadow: Shadow, match: Match, scores: Scores) -> None:
+    """The op reads its inputs where the output stood: nothing may have written them since they were used."""
+    end = match.anchor.product.seq
+    read: Iterable[Value] = [match.q.value, match.k.value, match.v.value, *scores.captures]
+    for value in read:
+        if shadow.written_between(value, end):
+            raise Refused(Reason.MUTATION, f"{tuple(value.shape)} tensor is written in place between its use and the end of the attention",
+                          "no write to an input of the attention before its end")  # fmt: skip
+    for value in match.walked:
+        if value.record is None and value.seq:
+            raise Refused(Reason.MUTATION, f"a {tuple(value.shape)} tensor of the attention is written through a view of it",
+                          "in-place operations on the tensor itself")  # fmt: skip
+
+
+def profitable(match: Match, kernel: str, device: torch.device) -> str | None:
+    """Why fusing would not pay, or None where it does.
+
+    On CPU only ATen's own kernel beats Inductor's code; the tiled reference wins where the scores no longer fit a cache
+    (measured: README, "Numbers").
+    """
+    n, m = match.q.shape[2], match.k.shape[2]
+    batch = match.q.shape[0] * match.q.shape[1]
+    if device.type == "cpu":
+        if kernel == "aten-cpu":
+            return None
+        elements = sympy.Mul(n, m, batch)
+        if elements.is_Integer and int(elements) < _CPU_TILED_MIN:
+            return f"{int(elements)} scores fit the cache of a CPU, and no ATen kernel expresses the site"
+        return None
+    if n.is_Integer and m.is_Integer and int(n) * int(m) < _CUDA_MIN_SCORES:
+        return f"{n} queries and {m} keys are too few for a fused kernel to pay"
+    return None
+
+
+_CPU_TILED_MIN = 1 << 26
+_CUDA_MIN_SCORES = 32 * 32
+
+
+def site_device(match: Match) -> torch.device:
+    return match.q.value.tensor.device
+
+
+def bytes_saved(match: Match) -> int | None:
+    """Scores and probabilities that eager would keep for the backward, in bytes; None for symbolic sizes."""
+    b, h, n, _ = match.q.shape
+    size = sympy.Mul(b, h, n, match.k.shape[2])
+    if not size.is_Integer:
+        return None
+    full = [v for v in match.walked if sympy.Mul(*map(expr_of, v.shape)) == size and v.record is not None and not _is_view(v)]
+    return sum(int(size) * v.dtype.itemsize for v in full)
+
+
+def _is_view(value: Value) -> bool:
+    from .views import COPIES, VIEWS
+
+    return value.record is not None and value.record.op in VIEWS and value.record.op not in COPIES

@@ -1,0 +1,59 @@
+"""The normal form of a softmax: hand-written spellings become one ``softmax`` node.
+
+Rules, each an identity of the exact mathematics; c is anything that does not depend on the bound axis k:
+
+    exp(x_r - c) / sum_k exp(x_k - c)        = softmax(x)_r
+    exp(x_r - c) * (1 / sum_k exp(x_k - c))  = softmax(x)_r
+    exp(x_r - logsumexp_k(x_k))              = softmax(x)_r
+    exp(log_softmax(x)_r)                    = softmax(x)_r
+"""
+
+from __future__ import annotations
+
+import sympy
+from fusion_kernels.program import Node
+
+from .describe import Describer, symbols_of
+
+__all__ = ["as_softmax"]
+
+
+def as_softmax(d: Describer, node: Node, position: sympy.Symbol) -> Node | None:
+    """`node` as softmax (arg: the scores over the bound axis; attr: axis, position), or None where it is no softmax.
+
+    position: the axis along which the probabilities are read.
+    """
+    if node.op == "softmax":
+        return node
+    if node.op == "exp" and node.args[0].op == "log_softmax":
+        inner = node.args[0]
+        return Node.make("softmax", *inner.args, attr=inner.attr, kind="float")
+    if node.op == "exp" and node.args[0].op == "sub" and node.args[0].args[1].op == "logsumexp":
+        at, total = node.args[0].args
+        return _matched(d, at, total.args[0], total.attr[0], position)  # pyright: ignore
+    quotient = _quotient(node)
+    if quotient is None:
+        return None
+    at, total = quotient
+    if at.op != "exp" or total.op != "sum" or total.args[0].op != "exp":
+        return None
+    return _matched(d, at.args[0], total.args[0].args[0], total.attr[0], position)  # pyright: ignore
+
+
+def _quotient(node: Node) -> tuple[Node, Node] | None:
+    if node.op == "div":
+        return node.args[0], node.args[1]
+    if node.op == "mul":
+        for a, b in (node.args, node.args[::-1]):
+            if b.op == "div" and b.args[0].op == "const" and b.args[0].attr == 1.0:
+                return a, b.args[1]
+    return None
+
+
+def _matched(d: Describer, at: Node, body: Node, axis: sympy.Symbol, position: sympy.Symbol) -> Node | None:
+    """softmax of `body` over `axis`, if `at` is `body` with the axis at `position`."""
+    if d.substitute(body, {axis: position}) is not at:
+        return None
+    while body.op == "sub" and axis not in symbols_of(body.args[1]):
+        body = body.args[0]  # softmax(x - c) = softmax(x)
+    return Node.make("softmax", body, attr=(axis, position), kind="float")

@@ -1,0 +1,192 @@
+"""The pass itself: trace, match, describe, decide, rewrite; one `Site` for every softmax that was looked at.
+
+Nothing that goes wrong here reaches the user's compile: a refusal or an exception leaves the site as it was and says so in
+the report (strict mode raises).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+import torch.fx
+from fusion_kernels.op import kernel_for
+
+from . import config, legality
+from .formula import formula, mask_facts
+from .inline import OPENED, copy_graph, inline
+from .match import Anchor, Factor, Match, find_anchors, match
+from .rewrite import Splicer
+from .scores import Scores, scores
+from .shadow import Shadow, Value, meta_value, trace
+from .site import AttentionSite, Operand, Reason, Refused, Site, Verdict
+
+__all__ = ["run_pass"]
+
+# Calls that may be, or hide, a softmax. A graph without any is not traced: it costs nothing.
+_SOFTMAX = re.compile(r"softmax|\bexp|logsumexp|multi_head_attention|[Ss]oftmax|einsum")
+_OPAQUE_BODIES = ("autograd_function_apply", "custom_function_call")
+
+
+def run_pass(gm: torch.fx.GraphModule, *, when: str, graph: int = 0) -> tuple[Site, ...]:
+    """Fuse the attention of one Dynamo graph in place.
+
+    Args:
+        gm: the graph, with fake values in ``node.meta["example_value"]``.
+        when: "profitable", or "always" for every site that can be expressed.
+        graph: the number of the graph in the report.
+
+    Returns:
+        every site with its verdict, those in bodies of higher-order ops first.
+    """
+    sites: list[Site] = []
+    for body in (*_bodies(gm), gm):
+        sites += _run_graph(body, when, graph, len(sites))
+    return tuple(sites)
+
+
+def _bodies(gm: torch.fx.GraphModule) -> Iterator[torch.fx.GraphModule]:
+    """Bodies of higher-order ops (checkpointed regions and their like), innermost first."""
+    seen: set[str] = set()
+    for node in gm.graph.nodes:
+        if not isinstance(node.target, torch._ops.HigherOrderOperator) or any(o in str(node.target) for o in _OPAQUE_BODIES):
+            continue
+        for argument in node.all_input_nodes:
+            body = getattr(gm, str(argument.target), None) if argument.op == "get_attr" else None
+            if isinstance(body, torch.fx.GraphModule) and argument.target not in seen:
+                seen.add(str(argument.target))
+                yield from _bodies(body)
+                yield body
+
+
+def _run_graph(gm: torch.fx.GraphModule, when: str, graph: int, first: int) -> list[Site]:
+    if not any(_SOFTMAX.search(str(n.target)) for n in gm.graph.nodes if n.op.startswith("call")):
+        return []
+    backup, closed = None, frozenset()
+    while True:
+        try:
+            sites, opened, refused = _Run(gm, when, graph, first, closed).run(may_open=backup is None)
+        except Refused as refusal:  # the graph cannot be traced
+            return [Site(first, graph, "", "", "", Verdict(False, reason=refusal.reason, seen=refusal.seen, needed=refusal.needed))]
+        except Exception as error:
+            if config.strict():
+                raise
+            return [Site(first, graph, "", "", "", Verdict(False, reason=Reason.INTERNAL, seen=f"{type(error).__name__}: {error}"))]
+        if opened is not None:  # composite calls were opened: once more, on the graph as it is now
+            backup = opened
+            continue
+        if backup is not None and refused:  # what was opened for nothing is closed again
+            gm.graph = backup
+            gm.recompile()
+            backup, closed = None, closed | refused
+            continue
+        return sites
+
+
+class _Run:
+    """One pass over one graph."""
+
+    def __init__(self, gm: torch.fx.GraphModule, when: str, graph: int, first: int, closed: frozenset[str]) -> None:
+        self.gm, self.when, self.graph, self.first, self.closed = gm, when, graph, first, closed
+        self.shadow = trace(gm)
+        self.splicer = Splicer(gm, self.shadow)
+
+    def run(self, may_open: bool) -> tuple[list[Site], torch.fx.Graph | None, frozenset[str]]:
+        """The sites; or a copy of the graph from before composite calls were opened; and the calls that were refused."""
+        anchors = find_anchors(self.shadow)
+        if may_open:
+            composite = self._composites(anchors)
+            if composite:
+                backup = copy_graph(self.gm.graph)
+                for node in composite:
+                    inline(self.gm, self.shadow, node)
+                self.gm.recompile()
+                return [], backup, frozenset()
+        sites = [self._site(self.first + i, anchor) for i, anchor in enumerate(anchors)]
+        self.splicer.finish()
+        refused = [a.record.node.meta.get(OPENED) for a, s in zip(anchors, sites, strict=True) if not s.verdict.fused]
+        return sites, None, frozenset(name for name in refused if name is not None)
+
+    def _composites(self, anchors: list[Anchor]) -> list[torch.fx.Node]:
+        """Calls that hold a whole site which would be fused."""
+        found: dict[torch.fx.Node, None] = {}
+        for anchor in anchors:
+            node = anchor.product.node
+            if node.name in self.closed or len(self.shadow.by_node[node]) < 2:
+                continue
+            try:
+                if match(self.shadow, anchor).output.node is None:
+                    found[node] = None
+            except Refused:
+                continue
+        return list(found)
+
+    def _site(self, index: int, anchor: Anchor) -> Site:
+        source, code = _source(anchor.record.node)
+        attention: AttentionSite | None = None
+        try:
+            found = match(self.shadow, anchor)
+            score = scores(found)
+            attention = self._describe(found, score)
+            kernel = self._decide(found, score, attention)
+            self.splicer.splice(found, score)
+            verdict = Verdict(True, kernel)
+        except Refused as refusal:
+            verdict = Verdict(False, reason=refusal.reason, seen=refusal.seen, needed=refusal.needed)
+        except Exception as error:
+            if config.strict():
+                raise
+            verdict = Verdict(False, reason=Reason.INTERNAL, seen=f"{type(error).__name__}: {error}")
+        return Site(index, self.graph, source, code, anchor.record.node.name, verdict, attention)
+
+    def _decide(self, found: Match, score: Scores, attention: AttentionSite) -> str:
+        legality.check(self.shadow, found, score, device=attention.device)
+        kernel = kernel_for(attention.device, attention.q.dtype, attention.v.dtype, score.program, attention.dropout_p)
+        if self.when == "profitable":
+            reason = legality.profitable(found, kernel, attention.device)
+            if reason is not None:
+                raise Refused(Reason.NOT_PROFITABLE, reason, 'when="always" fuses it all the same')
+        return kernel
+
+    def _describe(self, found: Match, score: Scores) -> AttentionSite:
+        names = [_name(c) for c in score.captures]
+        return AttentionSite(
+            q=_operand(found.q),
+            k=_operand(found.k),
+            v=_operand(found.v),
+            program=score.program,
+            captures=tuple(Operand(tuple(c.shape), c.dtype, _requires_grad(c), n) for c, n in zip(score.captures, names, strict=True)),
+            dropout_p=found.dropout_p,
+            formula=formula(score.program, names, [str(e) for e in score.params]),
+            mask=mask_facts(score.program, names, [str(e) for e in score.params]),
+            device=legality.site_device(found),
+            bytes_saved=legality.bytes_saved(found),
+        )
+
+
+def _operand(factor: Factor) -> Operand:
+    shape = tuple(int(s) if s.is_Integer else str(s) for s in factor.shape)
+    return Operand(shape, factor.dtype, _requires_grad(factor.value), _name(factor.value))
+
+
+def _requires_grad(value: Value) -> bool:
+    given = meta_value(value.node) if value.node is not None else None
+    return isinstance(given, torch.Tensor) and given.requires_grad
+
+
+def _name(value: Value) -> str:
+    """The user's name of a value: Dynamo calls an input ``l_self_mask_`` and a variable by its name."""
+    name = value.node.name if value.node is not None else "tensor"
+    return re.sub(r"^l_(self_|s_)?(modules_|buffers_|parameters_)?|_$", "", name) or name
+
+
+def _source(node: torch.fx.Node) -> tuple[str, str]:
+    """The innermost line of the user's own stack: "file.py:12 in forward", and the code there."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()]
+    frames = [(lines[i], lines[i + 1] if i + 1 < len(lines) else "") for i, line in enumerate(lines) if line.startswith("File ")]
+    if not frames:
+        return "", ""
+    where, code = frames[-1]
+    found = re.match(r'File "(.*)", line (\d+), in (.*)', where)
+    return (f"{found[1]}:{found[2]} in {found[3]}", code) if found else (where, code)

@@ -1,0 +1,436 @@
+"""Rules for ATen calls that compute each element by itself (or along one dim): what a score may be made of.
+
+A rule is ``(describer, record, index, value) -> node`` or None where the call is of a form that has no exact description.
+Rules are data: most are one op of the score program.  Floating-point algebra is left alone; integers are sympy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+from fusion_kernels.program import Node, apply, const
+
+from .indexing import expr_of
+from .shadow import Record, Value
+
+if TYPE_CHECKING:
+    from .describe import Describer
+
+__all__ = ["RULES", "cast", "scalar", "sym", "to_float"]
+
+Rule = Callable[["Describer", Record, Any, Value], "Node | None"]
+
+
+def sym(expr: Any) -> Node:
+    """An integer expression over axes as a node; plain numbers are constants."""
+    expr = sympy.expand(expr)
+    return const(int(expr)) if expr.is_Integer else Node.make("sym", attr=expr, kind="int")
+
+
+# ---------------------------------------------------------------- kinds
+
+
+def to_float(x: Node) -> Node:
+    if x.kind == "float":
+        return x
+    return const(float(x.attr)) if x.op == "const" else apply("to_float", x)  # pyright: ignore
+
+
+def to_int(x: Node) -> Node:
+    if x.kind == "int":
+        return x
+    return const(int(x.attr)) if x.op == "const" and x.kind == "bool" else apply("to_int", x)  # pyright: ignore
+
+
+def to_bool(x: Node) -> Node:
+    return x if x.kind == "bool" else apply("to_bool", x)
+
+
+def cast(x: Node, dtype: torch.dtype, rounds: bool = True) -> Node:
+    """`x` as a value of `dtype`. Scores are not rounded to 16 bits (they only get closer to float64); masks are, for a
+    mask of -1e9 is -inf in fp16 and that decides what a fully masked row gives."""
+    if dtype == torch.bool:
+        return to_bool(x)
+    if not dtype.is_floating_point:
+        return to_int(x)
+    x = to_float(x)
+    if not rounds or dtype not in (torch.float16, torch.bfloat16):
+        return x
+    return _rounded(x, "round_float16" if dtype == torch.float16 else "round_bfloat16")
+
+
+def _rounded(x: Node, op: str) -> Node:
+    if x.op == op or x.op == "value" or (x.op == "to_float" and x.args[0].kind == "bool"):
+        return x  # a loaded tensor of that dtype is exact; a wider one was cast by a call of its own, see _to_copy
+    if x.op == "where":
+        return apply("where", x.args[0], _rounded(x.args[1], op), _rounded(x.args[2], op))
+    if x.op == "neg":
+        return apply("neg", _rounded(x.args[0], op))
+    return apply(op, x)
+
+
+def scalar(x: Any) -> Node:
+    """A Python or symbolic number as a node."""
+    if isinstance(x, torch.SymInt):
+        return sym(expr_of(x))
+    if isinstance(x, torch.SymFloat):
+        return _float_expr(sympy.sympify(x.node.expr))
+    if isinstance(x, torch.SymBool):
+        raise NotImplementedError("a symbolic truth value in a score")
+    return const(x)
+
+
+# SymFloat expressions by the names torch gives their functions
+_FLOAT_FUNCTIONS = {
+    "OpaqueUnaryFn_sqrt": "sqrt",
+    "OpaqueUnaryFn_exp": "exp",
+    "OpaqueUnaryFn_log": "log",
+    "OpaqueUnaryFn_tanh": "tanh",
+}
+
+
+def _float_expr(expr: sympy.Expr) -> Node:
+    if expr.is_number:
+        return const(float(expr))
+    name = type(expr).__name__
+    if expr.is_integer and not expr.has(sympy.Float):
+        return to_float(sym(expr))
+    if name == "ToFloat":
+        return to_float(sym(expr.args[0]))
+    args = [_float_expr(a) for a in expr.args]  # pyright: ignore
+    if name in _FLOAT_FUNCTIONS:
+        return apply(_FLOAT_FUNCTIONS[name], *args)
+    if name in ("FloatTrueDiv", "IntTrueDiv"):
+        return apply("div", *args)
+    if name in ("FloatPow", "Pow"):
+        return _power(args[0], args[1])
+    if expr.is_Mul or expr.is_Add:
+        result = args[0]
+        for a in args[1:]:
+            result = apply("mul" if expr.is_Mul else "add", result, a)
+        return result
+    raise NotImplementedError(f"the symbolic number {expr} in a score")
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+def _promote(*xs: Node) -> tuple[Node, ...]:
+    if any(x.kind == "float" for x in xs):
+        return tuple(map(to_float, xs))
+    return tuple(map(to_int, xs))
+
+
+def _binary(op: str, a: Node, b: Node) -> Node:
+    """add, sub, mul, maximum, minimum with torch's promotion; integers over axes stay one sympy expression."""
+    a, b = _promote(a, b)
+    if a.kind == "int" and {a.op, b.op} <= {"sym", "const"} and op in _INT:
+        return sym(_INT[op](*(x.attr if x.op == "sym" else sympy.Integer(x.attr) for x in (a, b))))  # pyright: ignore
+    return apply(op, a, b)
+
+
+_INT: dict[str, Callable[[Any, Any], Any]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+}
+
+
+def _args(d: Describer, record: Record, index: Any, count: int) -> list[Node]:
+    return [d.arg(x, record, index) for x in record.args[:count]]
+
+
+def _arith(op: str, flip: bool = False) -> Rule:
+    def rule(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
+        a, b = _args(d, record, index, 2)
+        alpha = record.args[2] if len(record.args) > 2 else record.kwargs.get("alpha", 1)
+        if alpha != 1:
+            b = _binary("mul", b, scalar(alpha))
+        if flip:
+            a, b = b, a
+        if value.dtype == torch.bool:
+            return apply({"add": "or", "mul": "and"}[op], to_bool(a), to_bool(b)) if op in ("add", "mul") else None
+        return _binary(op, a, b)
+
+    return rule
+
+
+def _div(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
+    a, b = _args(d, record, index, 2)
+    mode = record.kwargs.get("rounding_mode")
+    if mode is not None:
+        return _integer_division("floordiv", a, b) if mode == "floor" else None
+    return apply("div", to_float(a), to_float(b))
+
+
+def _integer_division(op: str, a: Node, b: Node) -> Node | None:
+    if a.kind == "float" or b.kind == "float":
+        return apply("floor", apply("div", to_float(a), to_float(b))) if op == "floordiv" else None
+    positive = (b.op == "const" and b.attr > 0) or (b.op == "sym" and b.attr.is_positive)  # pyright: ignore
+    return apply(op, to_int(a), b) if positive else None
+
+
+def _division(op: str) -> Rule:
+    return lambda d, record, index, value: _integer_division(op, *_args(d, record, index, 2))
+
+
+def _power(a: Node, b: Node) -> Node:
+    a, b = to_float(a), to_float(b)
+    named = {2.0: lambda: apply("mul", a, a), 0.5: lambda: apply("sqrt", a), -0.5: lambda: apply("rsqrt", a), 1.0: lambda: a,
+             -1.0: lambda: apply("div", const(1.0), a)}  # fmt: skip
+    return named[b.attr]() if b.op == "const" and b.attr in named else apply("pow", a, b)
+
+
+def _unary(op: str) -> Rule:
+    def rule(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
+        (a,) = _args(d, record, index, 1)
+        return apply(op, a if op in ("neg", "abs") and a.kind == "int" else to_float(a))
+
+    return rule
+
+
+def _neg(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
+    (a,) = _args(d, record, index, 1)
+    return _binary("sub", const(0), a) if a.kind == "int" else apply("neg", to_float(a))
+
+
+def _formula(build: Callable[[Node], Node]) -> Rule:
+    return lambda d, record, index, value: build(to_float(_args(d, record, index, 1)[0]))
+
+
+# ---------------------------------------------------------------- choice and comparison
+
+
+def _integral(x: Node) -> Node | None:
+    """An integer below a conversion to float, exact up to 2**24 (positions are)."""
+    if x.op == "to_float" and x.args[0].kind == "int":
+        return x.args[0]
+    if x.op == "const" and isinstance(x.attr, float) and x.attr.is_integer() and abs(x.attr) < 2**24:
+        return const(int(x.attr))
+    return None
+
+
+def _compare(op: str) -> Rule:
+    def rule(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
+        a, b = _args(d, record, index, 2)
+        if a.kind == b.kind == "bool":
+            return {"eq": apply("not", apply("xor", a, b)), "ne": apply("xor", a, b)}.get(op)
+        if "bool" in (a.kind, b.kind):  # mask == 0, mask != True and their like
+            flag, other = (a, b) if a.kind == "bool" else (b, a)
+            if op in ("eq", "ne") and other.op == "const" and other.attr in (0, 1):
+                return flag if (op == "eq") == bool(other.attr) else apply("not", flag)
+        a, b = _promote(a, b)
+        ia, ib = _integral(a), _integral(b)
+        if ia is not None and ib is not None:
+            a, b = ia, ib
+        boolean = a.args[0] if a.op == "to_float" and a.args[0].kind == "bool" else None
+        if boolean is not None and op in ("eq", "ne") and b.op == "const" and b.attr in (0.0, 1.0):
+            return boolean if (op == "eq") == bool(b.attr) else apply("not", boolean)
+        return apply(op, a, b)
+
+    return rule
+
+
+def _logic(op: str) -> Rule:
+    def rule(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
+        args = _args(d, record, index, 1 if op == "not" else 2)
+        if value.dtype != torch.bool or (record.op.startswith("bitwise") and any(a.kind != "bool" for a in args)):
+            return None
+        return apply(op, *map(to_bool, args))
+
+    return rule
+
+
+def _select(condition: Node, a: Node, b: Node) -> Node:
+    if a.kind != b.kind:
+        a, b = _promote(a, b)
+    return apply("where", to_bool(condition), a, b)
+
+
+def _where(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
+    return _select(*_args(d, record, index, 3)) if len(record.args) == 3 else None
+
+
+def _masked_fill(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
+    x, mask, fill = _args(d, record, index, 3)
+    return _select(mask, cast(fill, value.dtype), x)
+
+
+def _clamped(x: Node, low: Node | None, high: Node | None) -> Node:
+    """where-forms: NaN passes, and the gradient is that of torch's clamp (x inside the closed interval)."""
+    inner = x if high is None else apply("where", apply("gt", *_promote(x, high)), *_promote(high, x))
+    if low is None:
+        return inner
+    x, low = _promote(x, low)
+    return apply("where", apply("lt", x, low), *_promote(low, inner))
+
+
+def _clamp(which: str) -> Rule:
+    def rule(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
+        x = to_float(_args(d, record, index, 1)[0]) if value.dtype.is_floating_point else _args(d, record, index, 1)[0]
+        bounds = {"clamp": ("min", "max"), "clamp_min": ("min",), "clamp_max": ("max",)}[which]
+        found: dict[str, Node] = {}
+        for position, name in enumerate(bounds, start=1):
+            given = record.args[position] if len(record.args) > position else record.kwargs.get(name)
+            if given is not None:
+                found[name] = d.arg(given, record, index)
+        return _clamped(x, found.get("min"), found.get("max"))
+
+    return rule
+
+
+def _nan_to_num(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
+    x = result = to_float(_args(d, record, index, 1)[0])
+    limits = torch.finfo(value.dtype)
+    given = [record.args[i] if len(record.args) > i else record.kwargs.get(n) for i, n in enumerate(("nan", "posinf", "neginf"), 1)]
+    nan, high, low = (g if g is not None else e for g, e in zip(given, (0.0, limits.max, limits.min), strict=True))
+    for found, given_value in ((apply("eq", x, const(-math.inf)), low), (apply("eq", x, const(math.inf)), high), (apply("isnan", x), nan)):
+        result = apply("where", found, const(float(given_value)), result)
+    return result
+
+
+def _triangle(op: str, default: int = 0) -> Rule:
+    def rule(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
+        diagonal = record.args[1] if len(record.args) > 1 else record.kwargs.get("diagonal", default)
+        (x,) = _args(d, record, index, 1)
+        keep = apply(op, sym(index[-1]), sym(index[-2] + expr_of(diagonal)))
+        zero = {"float": const(0.0), "int": const(0), "bool": const(False)}[x.kind]
+        if x.op == "const" and x.kind == "bool":
+            return keep if x.attr else zero
+        return apply("where", keep, x, zero)
+
+    return rule
+
+
+# ---------------------------------------------------------------- tensors made of nothing
+
+
+def _full(position: int | None, fixed: float | None = None) -> Rule:
+    def rule(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
+        given = fixed if position is None else record.args[position]
+        return cast(d.arg(given, record, index), value.dtype)
+
+    return rule
+
+
+def _arange(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
+    start, step = (record.args[0], 1) if len(record.args) > 1 else (0, 1)
+    if len(record.args) > 2:
+        step = record.args[2]
+    if any(isinstance(x, (float, torch.SymFloat)) for x in (start, step)):
+        return None
+    return cast(sym(expr_of(start) + index[0] * expr_of(step)), value.dtype)
+
+
+# ---------------------------------------------------------------- along a dim
+
+
+def _reduction(op: str) -> Rule:
+    """sum, amax and logsumexp over one dim: a bound axis, one arg."""
+
+    def rule(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
+        x = record.args[0]
+        dims = record.args[1] if len(record.args) > 1 else record.kwargs.get("dim")
+        dims = [dims] if isinstance(dims, int) else list(dims or ())
+        if len(dims) != 1 or not x.dtype.is_floating_point or (op == "amax" and value.output != 0):
+            return None
+        dim = dims[0] % len(x.shape)
+        keep = record.args[2] if len(record.args) > 2 else record.kwargs.get("keepdim", False)
+        axis = d.bound_axis(record, x.shape[dim], "k")
+        inner = [*index[:dim], axis, *index[dim + (1 if keep else 0) :]]
+        return Node.make(op, to_float(d.element(x, inner)), attr=(axis, None), kind="float")
+
+    return rule
+
+
+def _softmax(op: str) -> Rule:
+    def rule(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
+        x, dim = record.args[0], record.args[1]
+        if not x.shape:
+            return None
+        dim %= len(x.shape)
+        axis = d.bound_axis(record, x.shape[dim], "k")
+        inner = [*index[:dim], axis, *index[dim + 1 :]]
+        return Node.make(op, to_float(d.element(x, inner)), attr=(axis, index[dim]), kind="float")
+
+    return rule
+
+
+def _dropout(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
+    if value.output != 0:
+        return None
+    (x,) = _args(d, record, index, 1)
+    p, training = record.args[1], record.args[2]
+    return x if not training or p == 0 else Node.make("dropout", to_float(x), attr=(float(p), record.seq), kind="float")
+
+
+def _to_copy(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
+    (x,) = _args(d, record, index, 1)
+    narrow = {torch.float16: "round_float16", torch.bfloat16: "round_bfloat16"}.get(value.dtype)
+    if narrow and x.op == "value" and record.args[0].dtype != value.dtype:
+        return apply(narrow, to_float(x))
+    return x
+
+
+def _first(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
+    """copy_, fill_ and their like: the new contents, broadcast."""
+    return cast(d.arg(record.args[1], record, index), value.dtype)
+
+
+# ---------------------------------------------------------------- the table: ATen name (with or without overload) -> rule
+
+RULES: dict[str, Rule] = {
+    "add": _arith("add"),
+    "sub": _arith("sub"),
+    "rsub": _arith("sub", flip=True),
+    "mul": _arith("mul"),
+    "div": _div,
+    "true_divide": _div,
+    "floor_divide": _division("floordiv"),
+    "remainder": _division("mod"),
+    "pow.Tensor_Scalar": lambda d, r, i, v: _power(*_args(d, r, i, 2)),
+    "pow.Tensor_Tensor": lambda d, r, i, v: _power(*_args(d, r, i, 2)),
+    "pow.Scalar": lambda d, r, i, v: _power(*_args(d, r, i, 2)),
+    "maximum": lambda d, r, i, v: _binary("maximum", *_args(d, r, i, 2)),
+    "minimum": lambda d, r, i, v: _binary("minimum", *_args(d, r, i, 2)),
+    "neg": _neg,
+    **{name: _unary(name) for name in ("abs", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "sin", "cos", "erf", "floor",
+                                       "ceil", "trunc", "log1p", "expm1")},  # fmt: skip
+    "reciprocal": _formula(lambda x: apply("div", const(1.0), x)),
+    "square": _formula(lambda x: apply("mul", x, x)),
+    "relu": _formula(lambda x: apply("where", apply("le", x, const(0.0)), const(0.0), x)),  # d relu(0) = 0; NaN passes
+    "silu": _formula(lambda x: apply("mul", x, apply("sigmoid", x))),
+    "isnan": _formula(lambda x: apply("isnan", x)),
+    "isinf": _formula(lambda x: apply("isinf", x)),
+    **{name: _compare(name) for name in ("lt", "le", "gt", "ge", "eq", "ne")},
+    **{f"{kind}_{name}": _logic(name) for kind in ("logical", "bitwise") for name in ("and", "or", "xor", "not")},
+    "where": _where,
+    "masked_fill": _masked_fill,
+    "clamp": _clamp("clamp"),
+    "clamp_min": _clamp("clamp_min"),
+    "clamp_max": _clamp("clamp_max"),
+    "nan_to_num": _nan_to_num,
+    "tril": _triangle("le"),
+    "triu": _triangle("ge"),
+    "full": _full(1),
+    "full_like": _full(1),
+    "new_full": _full(2),
+    "scalar_tensor": _full(0),
+    **{name: _full(None, 0) for name in ("zeros", "zeros_like", "new_zeros", "zero")},
+    **{name: _full(None, 1) for name in ("ones", "ones_like", "new_ones")},
+    "arange": _arange,
+    "fill": _first,
+    "copy": _first,
+    "_to_copy": _to_copy,
+    "_softmax": _softmax("softmax"),
+    "_log_softmax": _softmax("log_softmax"),
+    "amax": _reduction("amax"),
+    "max.dim": _reduction("amax"),
+    "sum.dim_IntList": _reduction("sum"),
+    "logsumexp": _reduction("logsumexp"),
+    "native_dropout": _dropout,
+}

@@ -1,0 +1,234 @@
+"""Surgery on the Dynamo graph: one op in place of a described site, then what nothing needs any more is erased.
+
+This is the only module that changes a graph.  A site is spliced in whole or not at all: everything that can refuse is asked
+before the first node is made.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import sympy
+import torch
+import torch.fx
+from fusion_kernels.op import ATTENTION
+
+from .indexing import Div, Mod, expr_of
+from .layout import Step
+from .liveness import live_nodes
+from .match import Factor, Match
+from .scores import Scores
+from .shadow import Shadow, Value, meta_value
+from .site import Reason, Refused
+
+__all__ = ["Splicer"]
+
+SEEDS = 2**31 - 1
+
+
+class Splicer:
+    """Rewrites one graph, site by site, then cleans up."""
+
+    def __init__(self, gm: torch.fx.GraphModule, shadow: Shadow) -> None:
+        self.gm, self.shadow = gm, shadow
+        self.added: list[torch.fx.Node] = []
+        self.replaced: dict[torch.fx.Node, torch.fx.Node] = {}
+        self.candidates: set[torch.fx.Node] = set()
+        self.symbols = self._symbol_sources()
+
+    def splice(self, match: Match, scores: Scores) -> torch.fx.Node:
+        """Put the op in the place of `match.output`.
+
+        Raises:
+            Refused: (PROBABILITIES_USED, SCORES_USED) the graph needs a tensor of the site for something else;
+                (MUTATION) a part inside a composite call writes in place.
+        """
+        target = match.output.node
+        if target is None:
+            raise Refused(Reason.NO_VALUES, "the product with the values lies inside a composite call", "a call of its own")
+        reads = [match.q.value, match.k.value, match.v.value, *scores.captures]
+        self._check_unused(match, target, reads)
+        before = len(self.added)
+        try:
+            both, out = self._insert(match, scores, target)
+        except Exception:
+            for node in reversed(self.added[before:]):
+                self.gm.graph.erase_node(node)
+            del self.added[before:]
+            raise
+        for node in self.added[before:]:
+            for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+                if key in target.meta:
+                    node.meta[key] = target.meta[key]
+        target.replace_all_uses_with(out)
+        self.replaced[target] = out
+        match.output.node = out
+        self.candidates.add(target)
+        self.candidates |= {value.node for value in match.walked if value.node is not None}
+        self.candidates |= {r.node for value in match.walked for r in [value.record] if r is not None}
+        return both
+
+    def _insert(self, match: Match, scores: Scores, target: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node]:
+        with self.gm.graph.inserting_before(target):
+            q, k, v = (self._factor(f) for f in (match.q, match.k, match.v))
+            captures = [self._held(c) for c in scores.captures]
+            params = [self.size(e) for e in scores.params]
+            seed = None
+            if match.dropout_p:
+                seed = self.call(torch.randint, 0, SEEDS, (), device=match.q.value.tensor.device)
+            both = self.call(ATTENTION, q, k, v, captures, params, scores.program.text, match.dropout_p, seed)
+            out = self.call(operator.getitem, both, 0)
+            for step in match.out_steps:
+                out = self._step(out, step)
+        return both, out
+
+    def finish(self) -> None:
+        """Erase the nodes of the fused sites that nothing needs, and those that only read them."""
+        if not self.replaced:
+            return
+        live = live_nodes(self.gm.graph, self.shadow, added=self.added)
+        dead = self._dead_cone(live)
+        for node in reversed(list(self.gm.graph.nodes)):
+            if node in dead and not node.users:
+                self.gm.graph.erase_node(node)
+        self.gm.graph.lint()
+        self.gm.recompile()
+
+    # ------------------------------------------------------------ what may go
+
+    def _dead_cone(self, live: set[torch.fx.Node]) -> set[torch.fx.Node]:
+        dead = {n for n in self.candidates if n not in live and n.op not in ("placeholder", "output")}
+        for node in self.gm.graph.nodes:  # dead readers of a dead value
+            if node not in live and any(i in dead for i in node.all_input_nodes):
+                dead.add(node)
+        return dead
+
+    def _check_unused(self, match: Match, target: torch.fx.Node, reads: list[Value]) -> None:
+        instead = {target: [n for value in reads for n in self._sources(value)]}
+        live = live_nodes(self.gm.graph, self.shadow, instead, self.added)
+        product = match.dot.attr[0]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
+        scored: set[Value] = set()
+        for record in self.shadow.records:
+            if record.seq == product or (record.seq > product and any(v in scored for v in record.inputs())):
+                scored.update(record.outputs)
+        softmax = match.anchor.record.seq
+        for value in match.walked & scored:
+            if value.node is None or value.node not in live or value.node is target or value is match.output:
+                continue
+            if value.record is not None and value.record.seq >= match.anchor.product.seq:
+                continue
+            late = value.record is not None and value.record.seq >= softmax
+            user = next((u for u in value.node.users if u in live and u is not target), value.node)
+            where = "the graph returns them" if user.op == "output" else f"{user.name} reads them"
+            if late:
+                raise Refused(Reason.PROBABILITIES_USED, where, "probabilities that only the product with the values reads")
+            raise Refused(Reason.SCORES_USED, where, "scores that only the softmax reads")
+
+    def _sources(self, value: Value) -> list[torch.fx.Node]:
+        """The nodes that making `value` again would read."""
+        if value.node is not None:
+            return [self.replaced.get(value.node, value.node)]
+        if value.record is None:
+            raise Refused(Reason.NOT_EXPRESSIBLE, f"a {tuple(value.shape)} tensor that no node of the graph holds", "tensors of the graph")
+        if value.record.mutates:
+            raise Refused(Reason.MUTATION, f"{value.record.op} in place inside a composite call", "out-of-place operations")
+        return [n for v in value.record.inputs() for n in self._sources(v)]
+
+    # ------------------------------------------------------------ making nodes
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> torch.fx.Node:
+        """A call with its fake value; `target` a function, or the name of a tensor method."""
+        make: Callable = self.gm.graph.call_method if isinstance(target, str) else self.gm.graph.call_function
+        node = make(target, args, kwargs)
+        fakes, fake_kwargs = torch.fx.node.map_arg((args, kwargs), meta_value)
+        mode = self.shadow.values[0].tensor.fake_mode  # pyright: ignore[reportAttributeAccessIssue]
+        with torch.no_grad(), mode:
+            node.meta["example_value"] = (
+                getattr(fakes[0], target)(*fakes[1:], **fake_kwargs) if isinstance(target, str) else target(*fakes, **fake_kwargs)
+            )
+        self.added.append(node)
+        return node
+
+    def _held(self, value: Value) -> torch.fx.Node:
+        """The node that holds a value; inside a composite call, the ATen calls that make it, repeated."""
+        if value.node is not None:
+            return self.replaced.get(value.node, value.node)
+        record = value.record
+        assert record is not None  # `_sources` has refused
+        args, kwargs = torch.utils._pytree.tree_map_only(Value, self._held, (record.args, record.kwargs))
+        args, kwargs = torch.utils._pytree.tree_map_only(torch.SymInt, lambda s: self.size(expr_of(s)), (args, kwargs))
+        node = self.call(record.func, *args, **kwargs)
+        return node if len(record.outputs) == 1 else self.call(operator.getitem, node, value.output)
+
+    def _factor(self, factor: Factor) -> torch.fx.Node:
+        node = self._held(factor.value)
+        for dtype in factor.casts:
+            node = self.call("to", node, dtype)
+        for step in factor.steps:
+            node = self._step(node, step)
+        return node
+
+    def _step(self, node: torch.fx.Node, step: Step) -> torch.fx.Node:
+        name, *args = step
+        plain = [self._sizes(a) for a in args]
+        if name in ("permute", "expand", "reshape"):
+            (sizes,) = plain
+            return self.call(name, node, *sizes)
+        return self.call(name, node, *plain)
+
+    def _sizes(self, arg: Any) -> Any:
+        if isinstance(arg, (list, tuple)):
+            return [self._sizes(a) for a in arg]
+        return self.size(arg) if isinstance(arg, sympy.Expr) else arg
+
+    # ------------------------------------------------------------ symbolic sizes
+
+    def _symbol_sources(self) -> dict[sympy.Symbol, tuple[torch.fx.Node, int | None]]:
+        """Where a shape symbol can be read: an integer input, or a dim of a tensor input."""
+        found: dict[sympy.Symbol, tuple[torch.fx.Node, int | None]] = {}
+        inputs = [n for n in self.gm.graph.nodes if n.op == "placeholder"]
+        for node in inputs:
+            value = meta_value(node)
+            if isinstance(value, torch.SymInt) and expr_of(value).is_Symbol:
+                found.setdefault(expr_of(value), (node, None))  # pyright: ignore[reportArgumentType]
+        for node in inputs:
+            value = meta_value(node)
+            for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+                if expr_of(size).is_Symbol:
+                    found.setdefault(expr_of(size), (node, dim))  # pyright: ignore[reportArgumentType]
+        return found
+
+    def size(self, expr: Any) -> int | torch.fx.Node:
+        """A size expression as a node over the graph's inputs; plain numbers stay numbers."""
+        expr = sympy.sympify(expr)
+        if expr.is_Integer:
+            return int(expr)
+        if expr.is_Symbol:
+            source = self.symbols.get(expr)
+            if source is None:
+                raise Refused(Reason.NOT_EXPRESSIBLE, f"the size {expr} cannot be read from an input", "sizes of the graph's inputs")
+            node, dim = source
+            return node if dim is None else self.call("size", node, dim)
+        fold = _SIZE_OPS.get(type(expr).__name__)
+        if fold is None and not (expr.is_Pow and expr.exp.is_Integer and expr.exp > 0):
+            raise Refused(Reason.NOT_EXPRESSIBLE, f"the size {expr}", "sums, products and quotients of sizes")
+        args: Iterable[Any] = [expr.base] * int(expr.exp) if expr.is_Pow else expr.args
+        first, *rest = [self.size(a) for a in args]
+        for other in rest:
+            first = self.call(operator.mul if expr.is_Pow else fold, first, other)
+        return first
+
+
+_SIZE_OPS = {
+    "Add": operator.add,
+    "Mul": operator.mul,
+    "FloorDiv": operator.floordiv,
+    "CleanDiv": operator.floordiv,
+    Div.__name__: operator.floordiv,
+    Mod.__name__: operator.mod,
+    "PythonMod": operator.mod,
+    "Max": torch.sym_max,
+    "Min": torch.sym_min,
+}

@@ -1,0 +1,190 @@
+"""From a match to a score program: the score under the softmax, written over (b, h, q, k), with the smallest tensors loaded.
+
+Which parts are computed in the kernel and which are loaded is one rule: a part that reads both the query and the key axis is
+computed; a part that reads one of them at most is loaded as it is, unless it is made of positions alone.  So a mask made of
+``arange`` and a [B, M] padding tensor is loaded as [B, M], and a [B, 1, N, M] mask that somebody else made is loaded whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+from fusion_kernels import program as p
+from fusion_kernels.program import Capture, Node, Program, apply, const, postorder
+
+from .describe import REDUCTIONS, has_score, symbols_of
+from .indexing import Div, Mod, expr_of
+from .match import Match
+from .shadow import Value
+from .site import Reason, Refused
+
+__all__ = ["Scores", "scores"]
+
+MAX_RANK = 6
+MAX_NODES = 1500
+
+
+@dataclass
+class Scores:
+    """A score program and what it reads: tensors, and integer parameters as expressions over shape symbols."""
+
+    program: Program
+    captures: list[Value]
+    params: list[sympy.Expr]
+
+
+def scores(match: Match) -> Scores:
+    """The score program of a match.
+
+    Raises:
+        Refused: (SCORES_USED) a part needs the scores themselves as a tensor; (NOT_EXPRESSIBLE) an op has no rule here;
+            (TOO_LARGE) the program would be too long.
+    """
+    return _Writer(match).run()
+
+
+class _Writer:
+    def __init__(self, match: Match) -> None:
+        self.m, self.axes = match, match.describer.axes
+        self.captures: list[Value] = []
+        self.params: list[sympy.Expr] = []
+        self.done: dict[Node, Node] = {}
+        self.index: dict[sympy.Symbol, Node] = {match.query: p.index("q"), match.axis: p.index("k")}
+        self.index |= self._mixed_radix(match.batch, p.index("b")) | self._mixed_radix(match.heads, p.index("h"))
+        self.descended = self._descendants()
+
+    def run(self) -> Scores:
+        if sum(1 for _ in postorder(self.m.body)) > MAX_NODES:
+            raise Refused(Reason.TOO_LARGE, f"a score of more than {MAX_NODES} operations", "a shorter score")
+        for node in postorder(self.m.body):
+            if node.op in REDUCTIONS and has_score(node):
+                raise Refused(Reason.NOT_EXPRESSIBLE, f"a {node.op} over the scores inside the softmax", "a pointwise function of q.k")
+            if node.op == "dropout":
+                raise Refused(Reason.NOT_EXPRESSIBLE, "dropout of the scores before the softmax", "dropout after the softmax")
+        root = p.apply("to_float", self.write(self.m.body))
+        kinds = {n.attr: n.kind for n in postorder(root) if n.op == "load"}
+        ranks = {n.attr: len(n.args) for n in postorder(root) if n.op == "load"}
+        captures = tuple(Capture(kinds[i], ranks[i]) for i in range(len(self.captures)))
+        return Scores(Program(root, captures, len(self.params)), self.captures, self.params)
+
+    def _mixed_radix(self, axes: list[sympy.Symbol], whole: Node) -> dict[sympy.Symbol, Node]:
+        """Each axis of a merged index: ``(whole // below) % size``."""
+        found, below = {}, sympy.S.One
+        for axis in reversed(axes):
+            part = apply("floordiv", whole, self._uniform(below))
+            found[axis] = part if axis is axes[0] else apply("mod", part, self._uniform(self.axes.sizes[axis]))
+            below *= self.axes.sizes[axis]
+        return found
+
+    def _uniform(self, expr: sympy.Expr) -> Node:
+        return const(int(expr)) if expr.is_Integer else self._param(expr)
+
+    def _param(self, expr: sympy.Expr) -> Node:
+        if expr not in self.params:
+            self.params.append(expr)
+        return p.param(self.params.index(expr))
+
+    def _descendants(self) -> set[Value]:
+        """Values made from the product of queries and keys: none of them may be loaded."""
+        shadow = self.m.describer.shadow
+        first = self.m.dot.attr[0]  # pyright: ignore
+        found = {v for r in shadow.records if r.seq == first for v in r.outputs}
+        for record in shadow.records:
+            if record.seq > first and any(v in found for v in record.inputs()):
+                found.update(record.outputs)
+        return found
+
+    # ------------------------------------------------------------ nodes
+
+    def write(self, node: Node) -> Node:
+        new = self.done.get(node)
+        if new is None:
+            new = self.done[node] = self._write(node)
+        return new
+
+    def _write(self, node: Node) -> Node:
+        if node is self.m.dot:
+            return p.SCORE
+        if node.op == "const":
+            return node
+        if node.op == "sym":
+            return self.integer(node.attr)  # pyright: ignore
+        if self._reads_score(node):
+            return apply(node.op, *map(self.write, node.args))
+        if not any(n.op in ("value", "dot", *REDUCTIONS, "dropout") for n in postorder(node)):
+            return apply(node.op, *map(self.write, node.args))  # made of positions alone
+        reads = symbols_of(node)
+        if self.m.axis in reads and self.m.query in reads and node.args and node.op not in REDUCTIONS and node.op != "dropout":
+            return apply(node.op, *map(self.write, node.args))
+        loaded = self._load(node)
+        if loaded is not None:
+            return loaded
+        if not node.args or node.op in REDUCTIONS or node.op == "dropout":
+            raise Refused(Reason.NOT_EXPRESSIBLE, f"a part of the score ({node.op}) that is in no tensor", "pointwise parts")
+        return apply(node.op, *map(self.write, node.args))
+
+    def _reads_score(self, node: Node) -> bool:
+        return any(n is self.m.dot for n in postorder(node))
+
+    def _load(self, node: Node) -> Node | None:
+        """Read the part from the smallest tensor that holds it."""
+        d = self.m.describer
+        held = list(d.held.get(node, ()))
+        if node.op == "value":
+            held.append((d.shadow.values[node.attr[0]], node.attr[1]))  # pyright: ignore
+        held = [(v, i) for v, i in held if len(v.shape) <= MAX_RANK]
+        if not held:
+            return None
+        if all(v in self.descended for v, _ in held):
+            raise Refused(Reason.SCORES_USED, "the score reads a tensor that is computed from the scores (a top-k threshold, a row norm)",
+                          "a pointwise function of q.k")  # fmt: skip
+        held = [(v, i) for v, i in held if v not in self.descended]
+        value, index = min(held, key=lambda h: _weight(h[0]))
+        if value not in self.captures:
+            self.captures.append(value)
+        kind = "bool" if str(value.dtype) == "torch.bool" else "float" if value.dtype.is_floating_point else "int"
+        loaded = p.load(self.captures.index(value), kind, [self.integer(e) for e in index])
+        return apply("to_bool", loaded) if node.kind == "bool" and kind != "bool" else loaded
+
+    def integer(self, expr: Any) -> Node:
+        """A sympy index expression as integer nodes; parts without axes are parameters, computed on the host."""
+        expr = sympy.sympify(expr)
+        if expr.is_Integer:
+            return const(int(expr))
+        if expr in self.index:
+            return self.index[expr]
+        if not self.axes.of(expr):
+            return self._param(expr)
+        if expr.is_Symbol:
+            raise Refused(Reason.NOT_EXPRESSIBLE, f"the score reads the axis {expr}", "axes of the batch, heads, queries and keys")
+        if isinstance(expr, (Div, Mod)):
+            return apply("floordiv" if isinstance(expr, Div) else "mod", *map(self.integer, expr.args))
+        if expr.is_Add:
+            with_axes = [t for t in expr.args if self.axes.of(t)]
+            rest = sympy.Add(*(t for t in expr.args if not self.axes.of(t)))
+            terms = [self.integer(t) for t in sorted(with_axes, key=sympy.default_sort_key)]
+            total = terms[0]
+            for term in terms[1:]:
+                total = apply("add", total, term)
+            return apply("add", total, self._uniform(rest)) if rest != 0 else total
+        if expr.is_Mul:
+            factors = [self.integer(t) for t in expr.args if self.axes.of(t)]
+            rest = sympy.Mul(*(t for t in expr.args if not self.axes.of(t)))
+            product = factors[0]
+            for factor in factors[1:]:
+                product = apply("mul", product, factor)
+            return apply("mul", product, self._uniform(rest)) if rest != 1 else product
+        if expr.is_Pow and expr.exp.is_Integer and expr.exp > 0:
+            return apply("mul", self.integer(expr.base), self.integer(expr.base ** (expr.exp - 1)))
+        raise Refused(Reason.NOT_EXPRESSIBLE, f"the index {expr}", "sums, products, // and % of positions and sizes")
+
+
+def _weight(value: Value) -> tuple[int, int, int]:
+    """Smaller first; among equals the one that a Dynamo node holds, then the one made first."""
+    numel = 1
+    for s in value.shape:
+        e = expr_of(s)
+        numel *= int(e) if e.is_Integer else 64  # a symbolic dim counts as long
+    return numel, value.node is None, value.id
