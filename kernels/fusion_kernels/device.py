@@ -1,0 +1,171 @@
+"""Device functions that the attention kernels and the generated score functions share: tiles, products, ranges, scalar math."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["dot", "dot_pair", "floor_divide", "floor_modulo", "load_rows", "probability", "store_rows", "tile_ranges", "visited"]
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+# ---------------------------------------------------------------- integers, rounded as Python does (divisor > 0)
+
+
+@triton.jit
+def floor_divide(a, b):
+    quotient = a // b  # Triton rounds to zero
+    return tl.where(quotient * b > a, quotient - 1, quotient)
+
+
+@triton.jit
+def floor_modulo(a, b):
+    rest = a % b  # takes the sign of a
+    return tl.where(rest < 0, rest + b, rest)
+
+
+# ---------------------------------------------------------------- tiles of rows
+
+
+@triton.jit
+def row_pointers(x, start, row_stride, column_stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    rows = tl.cast(tl.arange(0, ROWS), tl.int64)
+    columns = tl.cast(FIRST + tl.arange(0, WIDTH), tl.int64)
+    # (ROWS, WIDTH); the bracket does not change from tile to tile
+    return x + tl.cast(start, tl.int64) * row_stride + (rows[:, None] * row_stride + columns[None, :] * column_stride)
+
+
+@triton.jit
+def load_rows(
+    x, start, size, row_stride, column_stride,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Rows [start, start + ROWS) and columns [FIRST, FIRST + WIDTH) of a matrix; zero past DIM columns, and past `size` rows if TAIL."""
+    pointers = row_pointers(x, start, row_stride, column_stride, FIRST, WIDTH, ROWS)
+    rows = start + tl.arange(0, ROWS)
+    columns = FIRST + tl.arange(0, WIDTH)
+    if FIRST + WIDTH > DIM:
+        if TAIL:
+            return tl.load(pointers, mask=(rows[:, None] < size) & (columns[None, :] < DIM), other=0.0)
+        return tl.load(pointers, mask=(columns[None, :] < DIM) & (rows[:, None] >= 0), other=0.0)
+    if TAIL:
+        return tl.load(pointers, mask=rows[:, None] < size, other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def store_rows(
+    x, value, start, size, row_stride, column_stride,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    pointers = row_pointers(x, start, row_stride, column_stride, FIRST, WIDTH, ROWS)
+    rows = start + tl.arange(0, ROWS)
+    columns = FIRST + tl.arange(0, WIDTH)
+    mask = (rows[:, None] < size) & (columns[None, :] < DIM)
+    tl.store(pointers, value.to(x.dtype.element_ty), mask=mask)
+
+
+# ---------------------------------------------------------------- products
+
+
+@triton.jit
+def dot(a, b, accumulator, PRECISION: tl.constexpr):
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def dot_pair(a0, a1, b0, b1, SECOND: tl.constexpr, PRECISION: tl.constexpr):
+    """a0 @ b0.T + a1 @ b1.T: a head dim in two parts (72 = 64 + 8); the second is absent unless SECOND."""
+    out = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
+    if SECOND:
+        out = tl.dot(a1, tl.trans(b1), out, input_precision=PRECISION)
+    return out
+
+
+# ---------------------------------------------------------------- which tiles to visit
+
+
+@triton.jit
+def tile_ranges(lo, hi, full_lo, full_hi, size, BLOCK: tl.constexpr):
+    """Element ranges -> tile numbers (first, last, full_first, full_last), clamped; a full tile lies in [0, size) as a whole."""
+    tiles = tl.cdiv(size, BLOCK)
+    first = tl.minimum(tl.maximum(lo, 0) // BLOCK, tiles)
+    last = tl.maximum(tl.cdiv(tl.minimum(tl.maximum(hi, 0), size), BLOCK), first)
+    last = tl.where(hi <= lo, first, last)
+    full_first = tl.minimum(tl.maximum(tl.cdiv(tl.maximum(full_lo, 0), BLOCK), first), last)
+    full_last = tl.minimum(tl.maximum(full_hi, 0) // BLOCK, tl.minimum(size // BLOCK, last))
+    return first, last, full_first, tl.maximum(full_last, full_first)
+
+
+@triton.jit
+def visited(i, first, cut, jump):
+    """The i-th of the tiles first, first + 1, ..., where after `cut` of them `jump` tiles are left out."""
+    return first + i + tl.where(i < cut, 0, jump)
+
+
+# ---------------------------------------------------------------- probabilities
+
+
+@triton.jit
+def probability(x, base, level, SCALE: tl.constexpr, DEEP: tl.constexpr):
+    """2^((x - base) * SCALE - level); base is 0 unless DEEP (see `backward`)."""
+    if DEEP:
+        return tl.math.exp2((x - base) * SCALE - level)
+    return tl.math.exp2(x * SCALE - level)
+
+
+# ---------------------------------------------------------------- score math
+
+
+@triton.jit
+def tanh_approximate(x):
+    """One instruction; relative error 2^-11, an eighth of a bf16 rounding."""
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def tanh_exact(x):
+    """Within about 2 ulp: an odd polynomial near zero (Cephes), 1 - 2 / (exp(2|x|) + 1) elsewhere."""
+    z = x * x
+    series = -5.70498872745e-3 * z + 2.06390887954e-2
+    series = series * z - 5.37397155531e-2
+    series = series * z + 1.33314422036e-1
+    series = series * z - 3.33332819422e-1
+    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, series * z * x + x, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def truncate(x):
+    return tl.where(x < 0, tl.ceil(x), tl.floor(x))
+
+
+# The five below are for Triton's interpreter, where libdevice does not exist.
+
+
+@triton.jit
+def log1p_plain(x):
+    y = 1.0 + x
+    return tl.where(y == 1.0, x, tl.log(y) * x / tl.where(y == 1.0, 1.0, y - 1.0))
+
+
+@triton.jit
+def expm1_plain(x):
+    y = tl.exp(x)
+    ratio = (y - 1.0) * x / tl.log(tl.where(y == 1.0, 2.0, y))
+    return tl.where(y == 1.0, x, tl.where(y - 1.0 == -1.0, -1.0, tl.where(y == float("inf"), y, ratio)))
+
+
+@triton.jit
+def power_plain(x, y):
+    size = tl.exp2(y * tl.log2(tl.abs(x)))
+    half = y * 0.5
+    odd = (tl.floor(y) == y) & (tl.floor(half) != half)
+    value = tl.where(x < 0, tl.where(odd, -size, tl.where(tl.floor(y) == y, size, float("nan"))), size)
+    return tl.where(y == 0, 1.0, value)

@@ -1,0 +1,269 @@
+"""The attention forward in portable Triton: one program per (batch, head, tile of queries), an online softmax over key tiles.
+
+The key tiles come in up to three groups, each a loop of its own body or trip count:
+  full     every structural predicate is live and no key is past the end: the score is `full_program`'s, without masks;
+  masked   the rest of what the mask lets through;
+  skipped  only for rows in which nothing finite was met, when the mask's fill is finite (such a row averages over all keys).
+
+The row maximum is carried in the units of the score; 2^(x * log2(e) - max * log2(e)) is one fused multiply-add and one exp2,
+and a constant factor at the root of the program is folded into it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from . import codegen, configs, tiles
+from .device import LOG2E, dot, dot_pair, load_rows, store_rows, tile_ranges, visited
+from .dropout import keep_scale, keep_tile, threshold
+from .program import Program
+
+__all__ = ["attention_forward", "precision", "split", "strides"]
+
+
+@triton.jit
+def _loop(
+    acc0, acc1, peak, total,  # (BLOCK_M, V0), (BLOCK_M, V1), (BLOCK_M,), (BLOCK_M,)
+    q0, q1, k, v, k_strides, v_strides, b, h, q_start, q_ok, sizes, aux, seed, limit, first, cut, jump, count,
+    SCORE: tl.constexpr, FACTOR: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over `count` key tiles: first, first + 1, ... with `jump` of them left out after `cut`."""
+    M = sizes[3]
+    q = q_start + tl.arange(0, BLOCK_M)
+    for i in tl.range(0, count):
+        start = visited(i, first, cut, jump) * BLOCK_N
+        keys = start + tl.arange(0, BLOCK_N)
+        k0 = load_rows(k, start, M, k_strides[2], k_strides[3], 0, D0, D, BLOCK_N, TAIL)
+        k1 = k0
+        if D1 > 0:
+            k1 = load_rows(k, start, M, k_strides[2], k_strides[3], D0, D1, D, BLOCK_N, TAIL)
+        s = dot_pair(q0, q1, k0, k1, D1 > 0, PRECISION)  # (BLOCK_M, BLOCK_N)
+        if TAIL:
+            k_ok = (keys < M)[None, :]
+            x = SCORE(s, b, h, q[:, None], keys[None, :], q_ok, k_ok, sizes, aux)
+            x = tl.where(k_ok, x, float("-inf"))
+        else:
+            x = SCORE(s, b, h, q[:, None], keys[None, :], q_ok, True, sizes, aux)
+        higher = tl.maximum(peak, tl.max(x, 1) * FACTOR)
+        finite = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf is NaN; a row of -inf so far adds nothing
+        if WIDE:
+            p = tl.math.exp2((x - finite[:, None]) * LOG2E)
+            decay = tl.math.exp2((peak - finite) * LOG2E)
+        else:
+            p = tl.math.exp2(x * (FACTOR * LOG2E) - (finite * LOG2E)[:, None])
+            decay = tl.math.exp2(peak * LOG2E - finite * LOG2E)
+        total = total * decay + tl.sum(p, 1)
+        peak = higher
+        if DROPOUT:
+            p = tl.where(keep_tile(seed, limit, b * sizes[1] + h, q_start, start, BLOCK_M, BLOCK_N, False), p, 0.0)
+        p = p.to(v.dtype.element_ty)
+        v0 = load_rows(v, start, M, v_strides[2], v_strides[3], 0, V0, DV, BLOCK_N, TAIL)
+        acc0 = dot(p, v0, acc0 * decay[:, None], PRECISION)
+        if V1 > 0:
+            v1 = load_rows(v, start, M, v_strides[2], v_strides[3], V0, V1, DV, BLOCK_N, TAIL)
+            acc1 = dot(p, v1, acc1 * decay[:, None], PRECISION)
+    return acc0, acc1, peak, total
+
+
+@triton.jit(do_not_specialize=["B", "H", "N", "M", "group", "limit", "scale", "revisit"])
+def _forward(
+    q, k, v, out, lse, seed, aux, q_strides, k_strides, v_strides, out_strides, B, H, N, M, group, limit, scale, revisit,
+    BOUNDS: tl.constexpr, SCORE: tl.constexpr, FACTOR: tl.constexpr, WIDE: tl.constexpr,
+    FULL_SCORE: tl.constexpr, FULL_FACTOR: tl.constexpr, FULL_WIDE: tl.constexpr,
+    REVISIT: tl.constexpr, DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, ALIGN: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    q_strides = (q_strides[0] * ALIGN, q_strides[1] * ALIGN, q_strides[2] * ALIGN, q_strides[3])
+    k_strides = (k_strides[0] * ALIGN, k_strides[1] * ALIGN, k_strides[2] * ALIGN, k_strides[3])
+    v_strides = (v_strides[0] * ALIGN, v_strides[1] * ALIGN, v_strides[2] * ALIGN, v_strides[3])
+    sizes = (B, H, N, M)
+    q_tiles = tl.cdiv(N, BLOCK_M)
+    pid = tl.program_id(0)
+    q_start = (q_tiles - 1 - pid % q_tiles) * BLOCK_M  # last rows first: under a causal mask they have the most keys
+    b = pid // q_tiles // H
+    h = pid // q_tiles % H
+    q += tl.cast(b, tl.int64) * q_strides[0] + tl.cast(h, tl.int64) * q_strides[1]
+    k += tl.cast(b, tl.int64) * k_strides[0] + tl.cast(h // group, tl.int64) * k_strides[1]
+    v += tl.cast(b, tl.int64) * v_strides[0] + tl.cast(h // group, tl.int64) * v_strides[1]
+    out += tl.cast(b, tl.int64) * out_strides[0] + tl.cast(h, tl.int64) * out_strides[1]
+    if DROPOUT:
+        seed = tl.load(seed)
+    rows = q_start + tl.arange(0, BLOCK_M)
+    if EVEN_N:
+        q_ok: tl.constexpr = True
+    else:
+        q_ok = (rows < N)[:, None]
+
+    q0 = load_rows(q, q_start, N, q_strides[2], q_strides[3], 0, D0, D, BLOCK_M, not EVEN_N)
+    q1 = q0
+    if D1 > 0:
+        q1 = load_rows(q, q_start, N, q_strides[2], q_strides[3], D0, D1, D, BLOCK_M, not EVEN_N)
+    acc0 = tl.zeros((BLOCK_M, V0), tl.float32)
+    acc1 = tl.zeros((BLOCK_M, V1 if V1 > 0 else 1), tl.float32)
+    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+
+    if BOUNDS is None:
+        first = 0
+        last = tl.cdiv(M, BLOCK_N)
+        full_first = 0
+        full_last = M // BLOCK_N
+    else:
+        lo, hi, full_lo, full_hi = BOUNDS(q_start, tl.minimum(q_start + BLOCK_M, N) - 1, b, h, sizes, aux)
+        first, last, full_first, full_last = tile_ranges(lo, hi, full_lo, full_hi, M, BLOCK_N)
+
+    acc0, acc1, peak, total = _loop(
+        acc0, acc1, peak, total, q0, q1, k, v, k_strides, v_strides, b, h, q_start, q_ok, sizes, aux, seed, limit,
+        full_first, 0, 0, full_last - full_first, FULL_SCORE, FULL_FACTOR, FULL_WIDE, False, DROPOUT,
+        D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    if not (BOUNDS is None and EVEN_M):
+        cut = full_first - first
+        jump = full_last - full_first
+        count = last - first - jump
+        passes = 1
+        if REVISIT:
+            passes = 2
+        for step in range(passes):
+            if REVISIT:
+                if step == 1:  # the tiles outside [first, last), if some row needs them
+                    needs = tl.max(tl.where((rows < N) & ~(peak > revisit), 1, 0), 0)
+                    cut = first
+                    jump = last - first
+                    count = tl.where(needs > 0, tl.cdiv(M, BLOCK_N) - jump, 0)
+                    first = 0
+            acc0, acc1, peak, total = _loop(
+                acc0, acc1, peak, total, q0, q1, k, v, k_strides, v_strides, b, h, q_start, q_ok, sizes, aux, seed, limit,
+                first, cut, jump, count, SCORE, FACTOR, WIDE, True, DROPOUT,
+                D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION,
+            )  # fmt: skip
+
+    share = scale / total
+    store_rows(out, acc0 * share[:, None], q_start, N, out_strides[2], out_strides[3], 0, V0, DV, BLOCK_M)
+    if V1 > 0:
+        store_rows(out, acc1 * share[:, None], q_start, N, out_strides[2], out_strides[3], V0, V1, DV, BLOCK_M)
+    value = peak * LOG2E + tl.math.log2(total)
+    tl.store(lse + tl.cast(b * H + h, tl.int64) * N + rows, value, mask=rows < N)
+
+
+# ---------------------------------------------------------------- host side
+
+
+def split(dim: int) -> tuple[int, int]:
+    """A head dim as one or two powers of two of at least 16 that cover it: 72 -> (64, 16), 80 -> (64, 16), 100 -> (128, 0)."""
+    whole = max(16, triton.next_power_of_2(dim))
+    first = whole // 2
+    if dim <= 16 or dim - first <= 0:
+        return whole, 0
+    second = max(16, triton.next_power_of_2(dim - first))
+    return (first, second) if first >= 16 and first + second < whole else (whole, 0)
+
+
+def strides(*tensors: torch.Tensor) -> tuple[int, list[tuple[int, ...]]]:
+    """(ALIGN, strides): all outer strides divided by ALIGN = 8 where 8 divides them, so that the compiler knows it does."""
+    outer = [t.stride()[:3] for t in tensors]
+    align = 8 if all(s % 8 == 0 for group in outer for s in group) else 1
+    return align, [(*(s // align for s in o), t.stride(3)) for o, t in zip(outer, tensors, strict=True)]
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How fp32 products are taken: as eager takes them."""
+    if dtype != torch.float32:
+        return "ieee"  # 16-bit operands: exact products, fp32 sums, whatever this says
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else configs.EXACT_FP32
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the kernels need to know about a program, computed once."""
+
+    masked: codegen.Phase
+    full: codegen.Phase
+    kv_bounds: Any
+    q_bounds: Any
+    fill: float  # of what the bounds skip
+
+    @property
+    def revisit(self) -> bool:
+        return self.kv_bounds is not None and self.fill > -math.inf
+
+    @property
+    def floor(self) -> float:
+        """A row whose maximum is at or below this has to visit every key: exp(fill - maximum) is not 0 in fp32."""
+        return self.fill + 128 + abs(self.fill) * 1e-6 if self.revisit else -math.inf
+
+
+@lru_cache(maxsize=1024)
+def parts(program: Program, wrt: tuple[int, ...], fast_bfloat16: bool) -> Parts:
+    masked = codegen.phase(program, wrt, fast_bfloat16)
+    kv_bounds, q_bounds = codegen.bounds(program, "k"), codegen.bounds(program, "q")
+    if kv_bounds is None and q_bounds is None:
+        return Parts(masked, masked, None, None, -math.inf)
+    return Parts(masked, codegen.phase(tiles.full_program(program), wrt, fast_bfloat16), kv_bounds, q_bounds, tiles.fill(program))
+
+
+def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """What these kernels ask of their operands, beyond what the op has checked."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise TypeError(f"fusion_kernels: {name} is {x.dtype}; the Triton kernels take float32, float16 or bfloat16: cast it")
+        if x.shape[3] > 256:
+            raise ValueError(f"fusion_kernels: {name} has head dim {x.shape[3]}; the Triton kernels take at most 256")
+        if x.shape[2] > codegen.INDEX_LIMIT:
+            raise ValueError(f"fusion_kernels: {name} has {x.shape[2]} positions; the Triton kernels take {codegen.INDEX_LIMIT}")
+
+
+def attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    captures: Sequence[torch.Tensor],
+    params: Sequence[int],
+    program: Program,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    tile: configs.Tile | None = None,
+) -> None:
+    """Fills `out` (B, H, N, Dv), any strides, and `lse` (B, H, N), fp32, contiguous, base 2.
+
+    Args:
+        q: (B, H, N, D); k: (B, Hkv, M, D); v: (B, Hkv, M, Dv); any strides, fp32, fp16 or bf16.
+        captures, params: what the program reads.
+        dropout_p: probability of dropping; seed: 0-d int64 on the device, needed if dropout_p > 0.
+        tile: overrides the measured choice of `configs`.
+
+    Raises:
+        TypeError, ValueError: a dtype, head dim or length that these kernels do not take.
+    """
+    check(q, k, v)
+    B, H, N, D = q.shape
+    M, DV = k.shape[2], v.shape[3]
+    if out.numel() == 0 and lse.numel() == 0:
+        return
+    plan = parts(program, (), q.dtype == torch.bfloat16)
+    full = plan.full if plan.kv_bounds is not None else plan.masked
+    (D0, D1), (V0, V1) = split(D), split(DV)
+    tile = tile or configs.forward(N, M, D, DV, q.dtype, program)
+    align, (qs, ks, vs) = strides(q, k, v)
+    _forward[(triton.cdiv(N, tile.block_m) * B * H,)](
+        q, k, v, out, lse, seed if dropout_p > 0 else None, codegen.aux_arguments(program, captures, params),
+        qs, ks, vs, out.stride(), B, H, N, M, H // k.shape[1], threshold(dropout_p), keep_scale(dropout_p), plan.floor,
+        plan.kv_bounds, plan.masked.score, plan.masked.factor, plan.masked.wide,
+        full.score, full.factor, full.wide,
+        plan.revisit, dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align,
+        D, D0, D1, DV, V0, V1, tile.block_m, tile.block_n, precision(q.dtype),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
