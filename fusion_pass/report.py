@@ -7,6 +7,8 @@ is running belongs to the call that runs it, and to its report; any other graph 
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -138,7 +140,13 @@ def _alike(sites: tuple[Site, ...]) -> list[tuple[Site, int]]:
 
 def _title(site: Site, count: int) -> str:
     verdict = "fused" if site.verdict.fused else "refused"
-    return f"{verdict}{f' x {count}' if count > 1 else ''}  {site.source}"
+    return f"{verdict}{f' x {count}' if count > 1 else ''}  {_place(site.source)}"
+
+
+def _place(source: str) -> str:
+    """The path as its reader knows it: below the installed packages, or below the working directory."""
+    installed = re.split(r"(?:site|dist)-packages/", source)[-1]
+    return installed.removeprefix(f"{os.getcwd()}{os.sep}")
 
 
 def _lines(site: Site, count: int) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 
 import pytest
 import torch
@@ -65,6 +66,18 @@ def test_layers_that_read_the_same_are_one_block() -> None:
     assert "3 of 4 attention sites fused" in text
     assert text.count("fused x 3  model.py:12 in forward") == 1
     assert "3.0 MiB of scores and probabilities a forward no longer stored each" in text
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("/home/me/env/lib/python3.12/site-packages/transformers/bert.py:12 in forward", "transformers/bert.py:12 in forward"),
+        (f"{os.getcwd()}/train.py:3 in attend", "train.py:3 in attend"),
+        ("/elsewhere/train.py:3 in attend", "/elsewhere/train.py:3 in attend"),
+    ],
+)
+def test_places_read_as_their_reader_knows_them(source: str, shown: str) -> None:
+    assert report._place(source) == shown
 
 
 def test_reports_without_sites() -> None:
