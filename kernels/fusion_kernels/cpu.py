@@ -1,0 +1,194 @@
+"""ATen's own CPU attention, where it computes exactly what a program says.
+
+It computes ``softmax(scale * s + mask) v``, causal or not. So the program has to read ``scale * s`` under additive masks and
+``where`` masks, and the mask is collected into one additive tensor. Two of its ways differ from eager, and calls that could
+see them go to the tiled reference instead: rows without a key give 0 (eager: NaN), and the backward of a row whose mask is a
+large finite number forgets how many keys share it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from .evaluate import Box, Environment, evaluate
+from .program import SCORE, Node, Program, apply, const, index
+
+__all__ = ["Form", "attention_backward", "attention_forward", "form", "supports"]
+
+LN2 = math.log(2.0)
+LOG2E = math.log2(math.e)
+HIDDEN = -1e9  # a `where` constant at or below this is as good as -inf beside any visible key, and absorbs a score in fp32
+FLOOR = -1e3  # a row whose mask is nowhere above this may be hidden whole
+LARGEST_MASK = 2**22  # elements of a mask that is made for the call, rather than passed in
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Form:
+    """A program as ``scale * s + mask``, with ``causal``: k <= q. mask: a float expression without the score, or None."""
+
+    scale: float
+    causal: bool
+    mask: Node | None
+
+
+def _scale(node: Node) -> float | None:
+    if node is SCORE:
+        return 1.0
+    if node.op == "mul":
+        for a, b in (node.args, node.args[::-1]):
+            inner = _scale(a) if b.op == "const" else None
+            if inner is not None:
+                return inner * float(b.attr)  # type: ignore[arg-type]
+    if node.op == "div" and node.args[1].op == "const":
+        inner = _scale(node.args[0])
+        return None if inner is None else inner / float(node.args[1].attr)  # type: ignore[arg-type]
+    return None
+
+
+CAUSAL = frozenset({apply("le", index("k"), index("q")), apply("ge", index("q"), index("k"))})
+
+
+def _visible(p: Node) -> tuple[bool, Node | None]:
+    """A condition of visibility as (causal, what else has to hold)."""
+    if p in CAUSAL:
+        return True, None
+    if p.op == "not" and p.args[0].op in ("gt", "lt"):
+        flipped = apply({"gt": "le", "lt": "ge"}[p.args[0].op], *p.args[0].args)
+        return (True, None) if flipped in CAUSAL else (False, p)
+    if p.op == "and":
+        (ca, a), (cb, b) = (_visible(x) for x in p.args)
+        return ca or cb, apply("and", a, b) if a is not None and b is not None else a if a is not None else b
+    return False, p
+
+
+@lru_cache(maxsize=1024)
+def form(program: Program) -> Form | None:
+    """How ATen would compute the program; None if it cannot."""
+    root, causal = program.root, False
+    mask: Node | None = None
+    while (scale := _scale(root)) is None:
+        if root.op == "add":
+            a, b = root.args
+            root, term = (a, b) if a.depends_on("score") else (b, a)
+        elif root.op == "where":
+            p, a, b = root.args
+            if b.op != "const":
+                p, a, b = apply("not", p), b, a
+            if b.op != "const" or not _hides(b, mask) or p.depends_on("score"):
+                return None
+            root = a
+            now_causal, rest = _visible(p)
+            causal |= now_causal
+            term = None if rest is None else apply("where", rest, const(0.0), const(-math.inf))
+        else:
+            return None
+        if term is not None and term.depends_on("score"):
+            return None
+        mask = term if mask is None or term is None else apply("add", term, mask)
+    return Form(scale, causal, mask) if math.isfinite(scale) else None
+
+
+def _hides(constant: Node, added: Node | None) -> bool:
+    """Whether a `where` to this constant hides the key; a finite one might not if something is `added` to it afterwards."""
+    value = float(constant.attr)  # type: ignore[arg-type]
+    return value == -math.inf or (value <= HIDDEN and added is None)
+
+
+def _mask_size(f: Form, sizes: Sequence[int]) -> int:
+    return math.prod(n for n, axis in zip(sizes, "bhqk", strict=True) if f.mask is not None and f.mask.depends_on(axis))
+
+
+def supports(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    captures: Sequence[torch.Tensor],
+    program: Program,
+    dropout_p: float,
+    needs: Sequence[bool],
+) -> bool:
+    """Whether ATen may be asked; what a mask holds is looked at later, in the call."""
+    f = form(program)
+    if f is None or dropout_p or any(needs) or not q.dtype == k.dtype == v.dtype or q.shape[-1] != v.shape[-1]:
+        return False
+    if 0 in (*q.shape, *k.shape) or not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+        return False
+    passed = sum(c.numel() for c in captures)
+    return _mask_size(f, (*q.shape[:3], k.shape[2])) <= max(passed, LARGEST_MASK)
+
+
+def _mask(
+    f: Form, q: torch.Tensor, k: torch.Tensor, captures: Sequence[torch.Tensor], params: Sequence[int]
+) -> tuple[torch.Tensor | None, bool]:
+    """The additive mask, (1 or B, 1 or H, 1 or N, 1 or M), and whether every row surely has a visible key under it."""
+    if f.mask is None:
+        return None, True  # causal or not, each row sees key 0
+    (batch, heads, n, _), m = q.shape, k.shape[2]
+    box = Box((0, batch), (0, heads), (0, n), (0, m))
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    env = Environment(box, {"B": batch, "H": heads, "N": n, "M": m}, captures, params, dtype, q.device)
+    (mask,) = evaluate([f.mask], env)
+    mask = torch.as_tensor(mask, dtype=dtype, device=q.device)
+    mask = mask[(None,) * (4 - mask.dim())]
+    best = mask[..., 0] if f.causal else mask.amax(-1)  # under a causal mask the first row has key 0 alone
+    return mask, bool((best > FLOOR).all())
+
+
+def _grouped(t: torch.Tensor, heads: int) -> torch.Tensor:
+    return t if t.shape[1] == heads else t.repeat_interleave(heads // t.shape[1], 1)
+
+
+def _ungrouped(t: torch.Tensor, heads: int) -> torch.Tensor:
+    return t if t.shape[1] == heads else t.unflatten(1, (heads, -1)).sum(2)
+
+
+def attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    captures: Sequence[torch.Tensor],
+    params: Sequence[int],
+    program: Program,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(out, base-2 lse) of a supported call; None where the mask may hide a whole row."""
+    f = form(program)
+    assert f is not None
+    mask, safe = _mask(f, q, k, captures, params)
+    if not safe:
+        return None
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        q, _grouped(k, q.shape[1]), _grouped(v, q.shape[1]), 0.0, f.causal, attn_mask=mask, scale=f.scale
+    )
+    return out, lse.mul_(LOG2E)
+
+
+def attention_backward(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    captures: Sequence[torch.Tensor],
+    params: Sequence[int],
+    program: Program,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """(dq, dk, dv) of a supported call; None where the mask may hide a whole row."""
+    f = form(program)
+    assert f is not None
+    mask, safe = _mask(f, q, k, captures, params)
+    if not safe:
+        return None
+    heads, kv_heads = q.shape[1], k.shape[1]
+    keys, values = _grouped(k, heads), _grouped(v, heads)
+    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        do, q, keys, values, out, lse * LN2, 0.0, f.causal, attn_mask=mask, scale=f.scale
+    )
+    return dq, _ungrouped(dk, kv_heads), _ungrouped(dv, kv_heads)

@@ -1,0 +1,71 @@
+"""The random bits of dropout: Philox 4x32 with 7 rounds, counted by position, in torch integers.
+
+Which elements are kept depends on (seed, b, h, q, k) alone, so forward, backward and recomputation agree whatever the tiles,
+and so do this file and the Triton kernels, bit for bit.
+
+Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+"""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["ROUNDS", "keep_mask", "philox"]
+
+ROUNDS = 7  # the fewest that pass BigCrush (table 2 of the paper)
+WORD = 0xFFFFFFFF
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """High and low 32 bits of a * b; the 64-bit product wraps into the sign, which the masks drop."""
+    product = b * (a if a < 2**63 else a - 2**64)
+    return (product >> 32) & WORD, product & WORD
+
+
+def philox(
+    counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    key: tuple[torch.Tensor, torch.Tensor],
+    rounds: int = ROUNDS,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Four random 32-bit words (in int64) for each counter; counter and key hold 32-bit words in int64 and broadcast."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        high0, low0 = _multiply(MULTIPLIERS[0], c0)
+        high1, low1 = _multiply(MULTIPLIERS[1], c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + WEYL[0]) & WORD, (k1 + WEYL[1]) & WORD
+    return c0, c1, c2, c3
+
+
+def keep_mask(
+    seed: torch.Tensor,
+    dropout_p: float,
+    heads: torch.Tensor,
+    queries: tuple[int, int],
+    keys: tuple[int, int],
+) -> torch.Tensor:
+    """Which probabilities dropout keeps.
+
+    Args:
+        seed: 0-d int64.
+        dropout_p: the probability to drop, resolved to 1 / 2^24.
+        heads: int64, b * H + h of each row of the result, any shape S.
+        queries: half-open range of query positions.
+        keys: half-open range of key positions.
+
+    Returns:
+        bool, (*S, queries, keys): True where kept (to be scaled by 1 / (1 - dropout_p)).
+    """
+    device = heads.device
+    first, last = keys[0] // 4, -(-keys[1] // 4)
+    group = torch.arange(first, last, device=device)
+    row = torch.arange(*queries, device=device).view(-1, 1)
+    key = (seed & WORD, (seed >> 32) & WORD)
+    words = philox((group, row, heads.view(*heads.shape, 1, 1), torch.zeros_like(group)), key)
+    shape = (*heads.shape, queries[1] - queries[0], last - first)
+    word = torch.stack([w.expand(shape) for w in words], -1).flatten(-2)  # (*S, queries, 4 * groups)
+    word = word[..., keys[0] - 4 * first : keys[1] - 4 * first]
+    return (word >> 8) >= round(dropout_p * 2**24)
