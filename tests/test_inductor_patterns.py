@@ -6,6 +6,7 @@ installed module, not copied: one that a later torch adds is tested here the day
 
 from __future__ import annotations
 
+import builtins
 import re
 import sys
 from collections.abc import Callable
@@ -26,7 +27,7 @@ DROPOUT = "dropout_p"
 def traceable(source: ModuleType) -> ModuleType:
     """A module with the same globals, its functions under another file name: Dynamo does not look into torch's own files."""
     copy = sys.modules["traceable_patterns"] = ModuleType("traceable_patterns")  # where guards look a global up
-    vars(copy).update({k: v for k, v in vars(source).items() if not k.startswith("__")})
+    vars(copy).update({k: v for k, v in vars(source).items() if not k.startswith("__")}, __builtins__=builtins)
     for name, value in vars(source).items():
         if isinstance(value, FunctionType) and name.startswith("_sfdp_pattern"):
             code = value.__code__.replace(co_filename=__file__)
