@@ -73,22 +73,26 @@ def _interpreting() -> bool:
 def kernel_for(
     device: torch.device | str,
     dtype: torch.dtype,
+    v_dtype: torch.dtype,
     program: Program,
-    *,
-    v_dtype: torch.dtype | None = None,
-    same_head_dim: bool = True,
     dropout_p: float = 0.0,
+    *,
+    same_head_dim: bool = True,
     capture_grads: bool = False,
 ) -> str:
     """The implementation that a call would run: "triton", "aten-cpu" or "tiled" ("dense" only when forced).
 
-    ATen may still hand single calls to the tiled reference: when their mask hides every key of a row.
+    Single calls may still go from ATen to the tiled reference: those whose mask hides every key of a row.
+
+    Args:
+        device: of all tensors. dtype: of q and k. v_dtype: of v.
+        same_head_dim: whether v's head dim is q's. capture_grads: whether a captured tensor needs a gradient.
     """
     if _forced is not None:
         return {"aten": "aten-cpu"}.get(_forced, _forced)
     if torch.device(device).type != "cpu" or _interpreting():
         return "triton"
-    fits = cpu.form(program) is not None and same_head_dim and v_dtype in (None, dtype) and not dropout_p and not capture_grads
+    fits = cpu.form(program) is not None and same_head_dim and v_dtype == dtype and not dropout_p and not capture_grads
     return "aten-cpu" if fits else "tiled"
 
 

@@ -1,0 +1,147 @@
+"""``fusion_kernels.attention``: the op for people, who should not have to write score programs for what everyone uses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .op import ATTENTION, check
+from .program import SCORE, Capture, Node, Program, apply, const, index, load, parse
+
+__all__ = ["attention"]
+
+AXES = ("b", "h", "q", "k")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+    program: Program | str | None = None,
+    captures: Sequence[Tensor] = (),
+    params: Sequence[int] = (),
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``softmax(f(q k^T)) v`` in one op, forward and backward, without an N x N tensor.
+
+    The score is built in this order: times `scale`, `softcap`, plus `bias`, then everything masked is -inf. A row that
+    sees no key is NaN, as in eager PyTorch. Differentiable in q, k, v and every floating-point bias, mask and capture.
+
+    Args:
+        q: (B, H, N, D), fp16, bf16 or fp32 (fp64 on a CPU too), any strides; D and Dv at most 256.
+        k: (B, Hkv, M, D), q's dtype; H is a multiple of Hkv, and H // Hkv consecutive query heads share a key head.
+        v: (B, Hkv, M, Dv).
+        scale: default ``D ** -0.5``.
+        causal: query i sees keys j <= i, counted from the first (top left), like ``F.scaled_dot_product_attention``.
+        window: query i sees keys with |i - j| < window (with `causal`: the last `window` keys).
+        bias: floating point, broadcastable to (B, H, N, M); added to the scores.
+        mask: bool, broadcastable to (B, H, N, M), True where the query may see the key; or floating point, added.
+        softcap: c: the scaled score s becomes c tanh(s / c).
+        dropout_p: probability to drop an attention weight.
+        seed: int or 0-d int64 tensor on q's device that decides what is dropped; default: drawn from torch's generator.
+        program: a score program instead of all of the above (no implicit scale), reading `captures` and `params`.
+        return_lse: also return log-sum-exp of the scores, (B, H, N), fp32, base 2, not differentiable.
+
+    Returns:
+        (B, H, N, Dv) in v's dtype and q's memory order; with `return_lse` a pair.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, its shape or value, and what was needed.
+    """
+    if program is not None:
+        simple = {"scale": scale, "window": window, "bias": bias, "mask": mask, "softcap": softcap, "causal": causal or None}
+        given = [name for name, value in simple.items() if value is not None]
+        if given:
+            raise ValueError(f"fusion_kernels: program was passed with {', '.join(given)}; needed: one or the other")
+        text = program if isinstance(program, str) else program.text
+    else:
+        if captures or params:
+            raise ValueError("fusion_kernels: captures or params were passed without a program; needed: the program that reads them")
+        text, captures = _build(q, k, scale, causal, window, bias, mask, softcap)
+    if dropout_p and not isinstance(seed, Tensor):
+        seed = torch.randint(2**62, (), device=q.device) if seed is None else torch.tensor(seed, device=q.device)
+    seed = seed if dropout_p and isinstance(seed, Tensor) else None
+    if not torch.compiler.is_compiling():
+        check(q, k, v, captures, params, parse(text), dropout_p, seed)
+    out, lse = ATTENTION(q, k, v, list(captures), list(params), text, dropout_p, seed)
+    return (out, lse) if return_lse else out
+
+
+def _build(
+    q: Tensor,
+    k: Tensor,
+    scale: float | None,
+    causal: bool,
+    window: int | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    softcap: float | None,
+) -> tuple[str, list[Tensor]]:
+    """The program of the simple arguments, and the tensors that it reads."""
+    if q.dim() != 4 or k.dim() != 4:
+        bad, t = ("q", q) if q.dim() != 4 else ("k", k)
+        raise ValueError(f"fusion_kernels: {bad} has shape {tuple(t.shape)}; needed: 4 dims (batch, heads, length, head dim)")
+    if window is not None and window < 1:
+        raise ValueError(f"fusion_kernels: window is {window}; needed: at least 1, the query's own position")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"fusion_kernels: softcap is {softcap}; needed: a positive number")
+    full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    tensors: list[Tensor] = []
+    plans: list[tuple[str, str, tuple[bool, ...]]] = []
+    for name, t in (("bias", bias), ("mask", mask)):
+        if t is None:
+            continue
+        if name == "bias" and not t.dtype.is_floating_point:
+            raise ValueError(f"fusion_kernels: bias has dtype {t.dtype}; needed: floating point (a bool tensor is a mask)")
+        if not (t.dtype.is_floating_point or t.dtype == torch.bool):
+            raise ValueError(f"fusion_kernels: mask has dtype {t.dtype}; needed: bool (True: visible) or floating point (added)")
+        if t.dim() > 4 or any(a not in (1, b) for a, b in zip(t.shape[::-1], full[::-1])):
+            raise ValueError(f"fusion_kernels: {name} has shape {tuple(t.shape)}; needed: broadcastable to {full} (B, H, N, M)")
+        spread = tuple(bool(a == 1) for a in t.shape)
+        plans.append((name, "bool" if t.dtype == torch.bool else "float", spread))
+        tensors.append(t)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    return _text(scale, causal, window, softcap, tuple(plans)), tensors
+
+
+@torch.compiler.assume_constant_result
+def _text(
+    scale: float, causal: bool, window: int | None, softcap: float | None, plans: tuple[tuple[str, str, tuple[bool, ...]], ...]
+) -> str:
+    """The program; plans: for each tensor its argument, its kind, and which of its dims are broadcast."""
+    q, k = index("q"), index("k")
+    x = apply("mul", SCORE, const(scale))
+    if softcap is not None:
+        x = apply("mul", apply("tanh", apply("div", x, const(float(softcap)))), const(float(softcap)))
+    visible: list[Node] = []
+    if causal:
+        visible.append(apply("le", k, q))
+    if window is not None:
+        visible.append(apply("gt", k, apply("sub", q, const(window))))
+        if not causal:
+            visible.append(apply("lt", k, apply("add", q, const(window))))
+    for i, (_, kind, spread) in enumerate(plans):
+        names = AXES[4 - len(spread) :]
+        read = load(i, kind, [const(0) if one else index(n) for n, one in zip(names, spread)])
+        if kind == "bool":
+            visible.append(read)
+        else:
+            x = apply("add", x, read)
+    if visible:
+        p = visible[0]
+        for other in visible[1:]:
+            p = apply("and", p, other)
+        x = apply("where", p, x, const(-math.inf))
+    return Program(x, tuple(Capture(kind, len(spread)) for _, kind, spread in plans)).text
