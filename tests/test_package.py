@@ -66,10 +66,15 @@ def test_the_switch_imports_os_and_nothing_else_while_it_is_off() -> None:
 
 def test_the_switch_costs_less_than_a_millisecond_while_it_is_off() -> None:
     code = (
-        "import os, time, sys; start = time.perf_counter();"
-        "from fusion_pass import autoload; autoload.activate(); print(time.perf_counter() - start)"
+        "import sys, time\n"
+        "def cost():\n"
+        "    for name in ('fusion_pass', 'fusion_pass.autoload'): sys.modules.pop(name, None)\n"
+        "    start = time.perf_counter()\n"
+        "    from fusion_pass import autoload; autoload.activate()\n"
+        "    return time.perf_counter() - start\n"
+        "print(min(cost() for _ in range(20)))"
     )
-    assert min(float(python(code).stdout) for _ in range(5)) < 5e-3
+    assert float(python(code).stdout) < 1e-3
 
 
 def test_the_switch_waits_for_inductor_and_steps_aside() -> None:
