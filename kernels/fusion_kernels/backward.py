@@ -23,9 +23,9 @@ import triton
 import triton.language as tl
 
 from . import codegen, configs
-from .device import LOG2E, dot, dot_pair, load_rows, probability, store_rows, tile_ranges, visited
+from .device import LOG2E, dot, dot_pair, load_rows, probability, store_rows, stream_rows, tile_ranges, visited
 from .dropout import keep_scale, keep_tile, threshold
-from .forward import check, parts, precision, split, strides
+from .forward import check, describable, describe, parts, precision, split, strides
 from .program import Program
 
 __all__ = ["attention_backward"]
@@ -108,7 +108,7 @@ def _dkdv_loop(
     SCORE: tl.constexpr, FACTOR: tl.constexpr, DEEP: tl.constexpr, DSCORE: tl.constexpr, DRATIO: tl.constexpr,
     TAIL: tl.constexpr, DROPOUT: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Adds `count` query tiles to dk and dv of one key tile. Scores are held transposed: (BLOCK_N, BLOCK_M)."""
     N = sizes[2]
@@ -116,10 +116,10 @@ def _dkdv_loop(
     for i in tl.range(0, count):
         start = visited(i, first, cut, jump) * BLOCK_M
         rows = start + tl.arange(0, BLOCK_M)
-        q0 = load_rows(q, start, N, q_strides[2], q_strides[3], 0, D0, D, BLOCK_M, TAIL)
+        q0 = stream_rows(q, q_strides, b, h, start, N, 0, D0, D, BLOCK_M, TAIL, TMA)
         q1 = q0
         if D1 > 0:
-            q1 = load_rows(q, start, N, q_strides[2], q_strides[3], D0, D1, D, BLOCK_M, TAIL)
+            q1 = stream_rows(q, q_strides, b, h, start, N, D0, D1, D, BLOCK_M, TAIL, TMA)
         s = dot_pair(k0, k1, q0, q1, D1 > 0, PRECISION)  # (BLOCK_N, BLOCK_M)
         if TAIL:
             q_ok = (rows < N)[None, :]
@@ -135,10 +135,10 @@ def _dkdv_loop(
         p = probability(x, row_base[None, :], row_level[None, :], FACTOR * LOG2E, DEEP)
         if TAIL:
             p = tl.where(q_ok, p, 0.0)
-        do0 = load_rows(do, start, N, do_strides[2], do_strides[3], 0, V0, DV, BLOCK_M, TAIL)
+        do0 = stream_rows(do, do_strides, b, h, start, N, 0, V0, DV, BLOCK_M, TAIL, TMA)
         do1 = do0
         if V1 > 0:
-            do1 = load_rows(do, start, N, do_strides[2], do_strides[3], V0, V1, DV, BLOCK_M, TAIL)
+            do1 = stream_rows(do, do_strides, b, h, start, N, V0, V1, DV, BLOCK_M, TAIL, TMA)
         dropped = p
         if DROPOUT:
             keep = keep_tile(seed, limit, b * sizes[1] + h, start, k_start, BLOCK_M, BLOCK_N, True)
@@ -170,7 +170,7 @@ def _dkdv(
     FULL_DSCORE: tl.constexpr, DFACTOR: tl.constexpr,
     DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     q_strides = (q_strides[0] * ALIGN, q_strides[1] * ALIGN, q_strides[2] * ALIGN, q_strides[3])
     k_strides = (k_strides[0] * ALIGN, k_strides[1] * ALIGN, k_strides[2] * ALIGN, k_strides[3])
@@ -212,8 +212,11 @@ def _dkdv(
     for g in range(group):
         h = kv_head * group + g
         row = (batch * H + h) * N
-        q_head = q + batch * q_strides[0] + tl.cast(h, tl.int64) * q_strides[1]
-        do_head = do + batch * do_strides[0] + tl.cast(h, tl.int64) * do_strides[1]
+        q_head = q
+        do_head = do
+        if not TMA:
+            q_head += batch * q_strides[0] + tl.cast(h, tl.int64) * q_strides[1]
+            do_head += batch * do_strides[0] + tl.cast(h, tl.int64) * do_strides[1]
         if BOUNDS is None:
             first = 0
             last = tl.cdiv(N, BLOCK_M)
@@ -231,7 +234,7 @@ def _dkdv(
             dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_head, do_head, base + row, level + row, delta + row, q_strides, do_strides,
             b, h, k_start, k_ok, sizes, aux, seed, limit, scale, full_first, 0, 0, full_last - full_first,
             FULL_SCORE, FULL_FACTOR, FULL_DEEP, FULL_DSCORE, 1.0, False, DROPOUT,
-            D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION,
+            D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
         )  # fmt: skip
         if not (BOUNDS is None and EVEN_N):
             jump = full_last - full_first
@@ -239,7 +242,7 @@ def _dkdv(
                 dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_head, do_head, base + row, level + row, delta + row, q_strides, do_strides,
                 b, h, k_start, k_ok, sizes, aux, seed, limit, scale, first, full_first - first, jump, last - first - jump,
                 SCORE, FACTOR, DEEP, DSCORE, DRATIO, True, DROPOUT,
-                D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION,
+                D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
             )  # fmt: skip
 
     store_rows(dk, dk0 * DFACTOR, k_start, M, dk_strides[2], dk_strides[3], 0, D0, D, BLOCK_N)
@@ -253,12 +256,12 @@ def _dkdv(
 @triton.jit
 def _dq_loop(
     dq0, dq1,  # (BLOCK_M, D0), (BLOCK_M, D1)
-    q0, q1, do0, do1, k, v, row_base, row_level, row_delta, k_strides, v_strides, b, h, q_start, q_ok, sizes, aux, daux,
+    q0, q1, do0, do1, k, v, row_base, row_level, row_delta, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux, daux,
     seed, limit, scale, first, cut, jump, count,
     SCORE: tl.constexpr, FACTOR: tl.constexpr, DEEP: tl.constexpr, DSCORE: tl.constexpr, DRATIO: tl.constexpr,
     CAPTURES: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Adds `count` key tiles to dq of one query tile, and to the gradients of captured tensors."""
     N = sizes[2]
@@ -267,14 +270,14 @@ def _dq_loop(
     for i in tl.range(0, count):
         start = visited(i, first, cut, jump) * BLOCK_N
         keys = (start + tl.arange(0, BLOCK_N))[None, :]
-        k0 = load_rows(k, start, M, k_strides[2], k_strides[3], 0, D0, D, BLOCK_N, TAIL)
-        v0 = load_rows(v, start, M, v_strides[2], v_strides[3], 0, V0, DV, BLOCK_N, TAIL)
+        k0 = stream_rows(k, k_strides, b, kv_head, start, M, 0, D0, D, BLOCK_N, TAIL, TMA)
+        v0 = stream_rows(v, v_strides, b, kv_head, start, M, 0, V0, DV, BLOCK_N, TAIL, TMA)
         k1 = k0
         v1 = v0
         if D1 > 0:
-            k1 = load_rows(k, start, M, k_strides[2], k_strides[3], D0, D1, D, BLOCK_N, TAIL)
+            k1 = stream_rows(k, k_strides, b, kv_head, start, M, D0, D1, D, BLOCK_N, TAIL, TMA)
         if V1 > 0:
-            v1 = load_rows(v, start, M, v_strides[2], v_strides[3], V0, V1, DV, BLOCK_N, TAIL)
+            v1 = stream_rows(v, v_strides, b, kv_head, start, M, V0, V1, DV, BLOCK_N, TAIL, TMA)
         s = dot_pair(q0, q1, k0, k1, D1 > 0, PRECISION)  # (BLOCK_M, BLOCK_N)
         if TAIL:
             k_ok = keys < M
@@ -282,13 +285,13 @@ def _dq_loop(
             k_ok: tl.constexpr = True
         x = SCORE(s, b, h, rows, keys, q_ok, k_ok, sizes, aux)
         p = probability(x, row_base[:, None], row_level[:, None], FACTOR * LOG2E, DEEP)
-        if TAIL:
-            p = tl.where(k_ok, p, 0.0)
         dp = dot_pair(do0, do1, v0, v1, V1 > 0, PRECISION)
         if DROPOUT:
             keep = keep_tile(seed, limit, b * sizes[1] + h, q_start, start, BLOCK_M, BLOCK_N, False)
             dp = tl.where(keep, dp * scale, 0.0)
         dx = p * (dp - row_delta[:, None])
+        if TAIL:
+            dx = tl.where(k_ok, dx, 0.0)
         if CAPTURES is not None:
             CAPTURES(s, dx, b, h, rows, keys, rows < N, keys < M, sizes, aux, daux)
         ds = DSCORE(s, dx, b, h, rows, keys, q_ok, k_ok, sizes, aux)
@@ -310,7 +313,7 @@ def _dq(
     FULL_DEEP: tl.constexpr, FULL_DSCORE: tl.constexpr, FULL_CAPTURES: tl.constexpr, DFACTOR: tl.constexpr,
     DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     q_strides = (q_strides[0] * ALIGN, q_strides[1] * ALIGN, q_strides[2] * ALIGN, q_strides[3])
     k_strides = (k_strides[0] * ALIGN, k_strides[1] * ALIGN, k_strides[2] * ALIGN, k_strides[3])
@@ -324,12 +327,13 @@ def _dq(
     h = pid // q_tiles % H
     batch = tl.cast(b, tl.int64)
     head = tl.cast(h, tl.int64)
-    kv_head = tl.cast(h // group, tl.int64)
+    kv_head = h // group
     q += batch * q_strides[0] + head * q_strides[1]
     do += batch * do_strides[0] + head * do_strides[1]
     dq += batch * dq_strides[0] + head * dq_strides[1]
-    k += batch * k_strides[0] + kv_head * k_strides[1]
-    v += batch * v_strides[0] + kv_head * v_strides[1]
+    if not TMA:
+        k += batch * k_strides[0] + tl.cast(kv_head, tl.int64) * k_strides[1]
+        v += batch * v_strides[0] + tl.cast(kv_head, tl.int64) * v_strides[1]
     if DROPOUT:
         seed = tl.load(seed)
     rows = q_start + tl.arange(0, BLOCK_M)
@@ -367,18 +371,18 @@ def _dq(
         full_first = tl.where(every, 0, full_first)
         full_last = tl.where(every, 0, full_last)
     dq0, dq1 = _dq_loop(
-        dq0, dq1, q0, q1, do0, do1, k, v, row_base, row_level, row_delta, k_strides, v_strides, b, h, q_start, q_ok, sizes, aux, daux,
+        dq0, dq1, q0, q1, do0, do1, k, v, row_base, row_level, row_delta, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux, daux,
         seed, limit, scale, full_first, 0, 0, full_last - full_first,
         FULL_SCORE, FULL_FACTOR, FULL_DEEP, FULL_DSCORE, 1.0, FULL_CAPTURES, False, DROPOUT,
-        D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION,
+        D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
     )  # fmt: skip
     if not (BOUNDS is None and EVEN_M):
         jump = full_last - full_first
         dq0, dq1 = _dq_loop(
-            dq0, dq1, q0, q1, do0, do1, k, v, row_base, row_level, row_delta, k_strides, v_strides, b, h, q_start, q_ok, sizes, aux, daux,
+            dq0, dq1, q0, q1, do0, do1, k, v, row_base, row_level, row_delta, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux, daux,
             seed, limit, scale, first, full_first - first, jump, last - first - jump,
             SCORE, FACTOR, DEEP, DSCORE, DRATIO, CAPTURES, True, DROPOUT,
-            D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION,
+            D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
         )  # fmt: skip
     store_rows(dq, dq0 * DFACTOR, q_start, N, dq_strides[2], dq_strides[3], 0, D0, D, BLOCK_M)
     if D1 > 0:
@@ -454,21 +458,23 @@ def attention_backward(
         )  # fmt: skip
     full = plan.full if plan.q_bounds is not None else masked
     tile = dkdv_tile or configs.backward_dkdv(N, M, D, DV, q.dtype, program)
+    tma = tile.tma and D1 == 0 and V1 == 0 and describable(q, do)
     _dkdv[(triton.cdiv(M, tile.block_n) * B * kv_heads,)](
-        q, k, v, do, dk, dv, base, level, delta, flags, seed, aux, qs, ks, vs, gs, dk.stride(), dv.stride(),
+        describe(q, tile.block_m, D0) if tma else q, k, v, describe(do, tile.block_m, V0) if tma else do, dk, dv, base, level, delta, flags, seed, aux, qs, ks, vs, gs, dk.stride(), dv.stride(),
         B, H, N, M, H // kv_heads, limit, scale,
         plan.q_bounds, masked.score, masked.factor, masked.deep, masked.dscore, masked.dfactor / full.dfactor,
         full.score, full.factor, full.deep, full.dscore, full.dfactor,
         dropout, N % tile.block_m == 0, M % tile.block_n == 0, align,
-        D, D0, D1, DV, V0, V1, tile.block_m, tile.block_n, mode, num_warps=tile.warps, num_stages=tile.stages,
+        D, D0, D1, DV, V0, V1, tile.block_m, tile.block_n, mode, tma, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     full = plan.full if plan.kv_bounds is not None else masked
     tile = dq_tile or configs.backward_dq(N, M, D, DV, q.dtype, program)
+    tma = tile.tma and D1 == 0 and V1 == 0 and describable(k, v)
     _dq[(triton.cdiv(N, tile.block_m) * B * H,)](
-        q, k, v, do, dq, base, level, delta, flags, seed, aux, codegen.gradient_arguments([dcaptures[i] for i in wrt]),
+        q, describe(k, tile.block_n, D0) if tma else k, describe(v, tile.block_n, V0) if tma else v, do, dq, base, level, delta, flags, seed, aux, codegen.gradient_arguments([dcaptures[i] for i in wrt]),
         qs, ks, vs, gs, dq.stride(), B, H, N, M, H // kv_heads, limit, scale,
         plan.kv_bounds, masked.score, masked.factor, masked.deep, masked.dscore, masked.dfactor / full.dfactor, masked.captures,
         full.score, full.factor, full.deep, full.dscore, full.captures, full.dfactor,
         dropout, N % tile.block_m == 0, M % tile.block_n == 0, align,
-        D, D0, D1, DV, V0, V1, tile.block_m, tile.block_n, mode, num_warps=tile.warps, num_stages=tile.stages,
+        D, D0, D1, DV, V0, V1, tile.block_m, tile.block_n, mode, tma, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -21,6 +21,7 @@ class Tile:
     block_n: int
     warps: int
     stages: int
+    tma: bool = False  # the inner loop reads through Hopper's copy engine, where the strides allow
 
 
 def _smaller(tile: Tile, rows: int, columns: int) -> Tile:
@@ -29,7 +30,7 @@ def _smaller(tile: Tile, rows: int, columns: int) -> Tile:
     fit_n = max(16, 1 << max(columns - 1, 0).bit_length())
     if fit_m >= tile.block_m and fit_n >= tile.block_n:
         return tile
-    return Tile(min(tile.block_m, fit_m), min(tile.block_n, fit_n), min(tile.warps, 4), tile.stages)
+    return Tile(min(tile.block_m, fit_m), min(tile.block_n, fit_n), min(tile.warps, 4), tile.stages, tile.tma)
 
 
 def forward(n: int, m: int, d: int, dv: int, dtype: torch.dtype, program: Program) -> Tile:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["dot", "dot_pair", "floor_divide", "floor_modulo", "load_rows", "probability", "store_rows", "tile_ranges", "visited"]
+__all__ = ["dot", "dot_pair", "floor_divide", "floor_modulo", "load_rows", "probability", "store_rows", "stream_rows", "tile_ranges", "visited"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -45,13 +45,26 @@ def load_rows(
     pointers = row_pointers(x, start, row_stride, column_stride, FIRST, WIDTH, ROWS)
     rows = start + tl.arange(0, ROWS)
     columns = FIRST + tl.arange(0, WIDTH)
-    if FIRST + WIDTH > DIM:
-        if TAIL:
-            return tl.load(pointers, mask=(rows[:, None] < size) & (columns[None, :] < DIM), other=0.0)
+    if FIRST + WIDTH > DIM and TAIL:
+        return tl.load(pointers, mask=(rows[:, None] < size) & (columns[None, :] < DIM), other=0.0)
+    elif FIRST + WIDTH > DIM:
         return tl.load(pointers, mask=(columns[None, :] < DIM) & (rows[:, None] >= 0), other=0.0)
-    if TAIL:
+    elif TAIL:
         return tl.load(pointers, mask=rows[:, None] < size, other=0.0)
-    return tl.load(pointers)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def stream_rows(
+    x, tensor_strides, b, h, start, size,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """A tile of the inner loop: x is the head's pointer, or with TMA the descriptor of the whole (B, H, rows, DIM) tensor."""
+    if TMA:
+        return tl.reshape(x.load([b, h, start, FIRST]), (ROWS, WIDTH))
+    else:
+        return load_rows(x, start, size, tensor_strides[2], tensor_strides[3], FIRST, WIDTH, DIM, ROWS, TAIL)
 
 
 @triton.jit
@@ -112,7 +125,8 @@ def probability(x, base, level, SCALE: tl.constexpr, DEEP: tl.constexpr):
     """2^((x - base) * SCALE - level); base is 0 unless DEEP (see `backward`)."""
     if DEEP:
         return tl.math.exp2((x - base) * SCALE - level)
-    return tl.math.exp2(x * SCALE - level)
+    else:
+        return tl.math.exp2(x * SCALE - level)
 
 
 # ---------------------------------------------------------------- score math

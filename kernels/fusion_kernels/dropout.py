@@ -46,4 +46,5 @@ def keep_tile(
     words = tl.join(tl.join(k0, k2), tl.join(k1, k3))
     if TRANSPOSED:
         return tl.reshape(tl.permute(words, (0, 2, 3, 1)), (COLUMNS, ROWS)) != 0
-    return tl.reshape(words, (ROWS, COLUMNS)) != 0
+    else:
+        return tl.reshape(words, (ROWS, COLUMNS)) != 0

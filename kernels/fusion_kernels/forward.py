@@ -20,22 +20,23 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import codegen, configs, tiles
-from .device import LOG2E, dot, dot_pair, load_rows, store_rows, tile_ranges, visited
+from .device import LOG2E, dot, dot_pair, load_rows, store_rows, stream_rows, tile_ranges, visited
 from .dropout import keep_scale, keep_tile, threshold
 from .program import Program
 
-__all__ = ["attention_forward", "precision", "split", "strides"]
+__all__ = ["attention_forward", "describable", "describe", "precision", "split", "strides"]
 
 
 @triton.jit
 def _loop(
     acc0, acc1, peak, total,  # (BLOCK_M, V0), (BLOCK_M, V1), (BLOCK_M,), (BLOCK_M,)
-    q0, q1, k, v, k_strides, v_strides, b, h, q_start, q_ok, sizes, aux, seed, limit, first, cut, jump, count,
+    q0, q1, k, v, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux, seed, limit, first, cut, jump, count,
     SCORE: tl.constexpr, FACTOR: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over `count` key tiles: first, first + 1, ... with `jump` of them left out after `cut`."""
     M = sizes[3]
@@ -43,10 +44,10 @@ def _loop(
     for i in tl.range(0, count):
         start = visited(i, first, cut, jump) * BLOCK_N
         keys = start + tl.arange(0, BLOCK_N)
-        k0 = load_rows(k, start, M, k_strides[2], k_strides[3], 0, D0, D, BLOCK_N, TAIL)
+        k0 = stream_rows(k, k_strides, b, kv_head, start, M, 0, D0, D, BLOCK_N, TAIL, TMA)
         k1 = k0
         if D1 > 0:
-            k1 = load_rows(k, start, M, k_strides[2], k_strides[3], D0, D1, D, BLOCK_N, TAIL)
+            k1 = stream_rows(k, k_strides, b, kv_head, start, M, D0, D1, D, BLOCK_N, TAIL, TMA)
         s = dot_pair(q0, q1, k0, k1, D1 > 0, PRECISION)  # (BLOCK_M, BLOCK_N)
         if TAIL:
             k_ok = (keys < M)[None, :]
@@ -66,11 +67,11 @@ def _loop(
         peak = higher
         if DROPOUT:
             p = tl.where(keep_tile(seed, limit, b * sizes[1] + h, q_start, start, BLOCK_M, BLOCK_N, False), p, 0.0)
-        p = p.to(v.dtype.element_ty)
-        v0 = load_rows(v, start, M, v_strides[2], v_strides[3], 0, V0, DV, BLOCK_N, TAIL)
+        v0 = stream_rows(v, v_strides, b, kv_head, start, M, 0, V0, DV, BLOCK_N, TAIL, TMA)
+        p = p.to(v0.dtype)
         acc0 = dot(p, v0, acc0 * decay[:, None], PRECISION)
         if V1 > 0:
-            v1 = load_rows(v, start, M, v_strides[2], v_strides[3], V0, V1, DV, BLOCK_N, TAIL)
+            v1 = stream_rows(v, v_strides, b, kv_head, start, M, V0, V1, DV, BLOCK_N, TAIL, TMA)
             acc1 = dot(p, v1, acc1 * decay[:, None], PRECISION)
     return acc0, acc1, peak, total
 
@@ -82,7 +83,7 @@ def _forward(
     FULL_SCORE: tl.constexpr, FULL_FACTOR: tl.constexpr, FULL_WIDE: tl.constexpr,
     REVISIT: tl.constexpr, DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     q_strides = (q_strides[0] * ALIGN, q_strides[1] * ALIGN, q_strides[2] * ALIGN, q_strides[3])
     k_strides = (k_strides[0] * ALIGN, k_strides[1] * ALIGN, k_strides[2] * ALIGN, k_strides[3])
@@ -94,8 +95,10 @@ def _forward(
     b = pid // q_tiles // H
     h = pid // q_tiles % H
     q += tl.cast(b, tl.int64) * q_strides[0] + tl.cast(h, tl.int64) * q_strides[1]
-    k += tl.cast(b, tl.int64) * k_strides[0] + tl.cast(h // group, tl.int64) * k_strides[1]
-    v += tl.cast(b, tl.int64) * v_strides[0] + tl.cast(h // group, tl.int64) * v_strides[1]
+    kv_head = h // group
+    if not TMA:
+        k += tl.cast(b, tl.int64) * k_strides[0] + tl.cast(kv_head, tl.int64) * k_strides[1]
+        v += tl.cast(b, tl.int64) * v_strides[0] + tl.cast(kv_head, tl.int64) * v_strides[1]
     out += tl.cast(b, tl.int64) * out_strides[0] + tl.cast(h, tl.int64) * out_strides[1]
     if DROPOUT:
         seed = tl.load(seed)
@@ -124,9 +127,9 @@ def _forward(
         first, last, full_first, full_last = tile_ranges(lo, hi, full_lo, full_hi, M, BLOCK_N)
 
     acc0, acc1, peak, total = _loop(
-        acc0, acc1, peak, total, q0, q1, k, v, k_strides, v_strides, b, h, q_start, q_ok, sizes, aux, seed, limit,
+        acc0, acc1, peak, total, q0, q1, k, v, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux, seed, limit,
         full_first, 0, 0, full_last - full_first, FULL_SCORE, FULL_FACTOR, FULL_WIDE, False, DROPOUT,
-        D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION,
+        D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
     )  # fmt: skip
     if not (BOUNDS is None and EVEN_M):
         cut = full_first - first
@@ -144,9 +147,9 @@ def _forward(
                     count = tl.where(needs > 0, tl.cdiv(M, BLOCK_N) - jump, 0)
                     first = 0
             acc0, acc1, peak, total = _loop(
-                acc0, acc1, peak, total, q0, q1, k, v, k_strides, v_strides, b, h, q_start, q_ok, sizes, aux, seed, limit,
+                acc0, acc1, peak, total, q0, q1, k, v, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux, seed, limit,
                 first, cut, jump, count, SCORE, FACTOR, WIDE, True, DROPOUT,
-                D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION,
+                D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
             )  # fmt: skip
 
     share = scale / total
@@ -175,6 +178,23 @@ def strides(*tensors: torch.Tensor) -> tuple[int, list[tuple[int, ...]]]:
     outer = [t.stride()[:3] for t in tensors]
     align = 8 if all(s % 8 == 0 for group in outer for s in group) else 1
     return align, [(*(s // align for s in o), t.stride(3)) for o, t in zip(outer, tensors, strict=True)]
+
+
+def describable(*tensors: torch.Tensor) -> bool:
+    """Whether Hopper's copy engine can read the tensors as they lie: unit last stride, the others in units of 16 bytes."""
+    return all(
+        t.stride(3) == 1
+        and t.data_ptr() % 16 == 0
+        and all(s > 0 and s * t.element_size() % 16 == 0 for n, s in zip(t.shape[:3], t.stride()[:3], strict=True) if n > 1)
+        for t in tensors
+    )
+
+
+def describe(tensor: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
+    """A descriptor of (1, 1, rows, width) blocks; past the ends it reads zeros. The stride of a dim of one is of no account."""
+    unit = 16 // tensor.element_size()
+    outer = [s if n > 1 else unit for n, s in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)]
+    return TensorDescriptor(tensor, list(tensor.shape), [*outer, 1], [1, 1, rows, width])
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -258,12 +278,13 @@ def attention_forward(
     (D0, D1), (V0, V1) = split(D), split(DV)
     tile = tile or configs.forward(N, M, D, DV, q.dtype, program)
     align, (qs, ks, vs) = strides(q, k, v)
+    tma = tile.tma and D1 == 0 and V1 == 0 and describable(k, v)
     _forward[(triton.cdiv(N, tile.block_m) * B * H,)](
-        q, k, v, out, lse, seed if dropout_p > 0 else None, codegen.aux_arguments(program, captures, params),
+        q, describe(k, tile.block_n, D0) if tma else k, describe(v, tile.block_n, V0) if tma else v, out, lse, seed if dropout_p > 0 else None, codegen.aux_arguments(program, captures, params),
         qs, ks, vs, out.stride(), B, H, N, M, H // k.shape[1], threshold(dropout_p), keep_scale(dropout_p), plan.floor,
         plan.kv_bounds, plan.masked.score, plan.masked.factor, plan.masked.wide,
         full.score, full.factor, full.wide,
         plan.revisit, dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align,
-        D, D0, D1, DV, V0, V1, tile.block_m, tile.block_n, precision(q.dtype),
+        D, D0, D1, DV, V0, V1, tile.block_m, tile.block_n, precision(q.dtype), tma,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
