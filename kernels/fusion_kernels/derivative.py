@@ -74,8 +74,8 @@ def _extremum(loses: str) -> Rule:
 
 
 def _abs(g: Node, y: Node) -> tuple[Node, ...]:
-    (a,) = y.args  # sign(a) g; the last branch is 0 at 0 and NaN at NaN
-    return (_where(apply("gt", a, ZERO), g, _where(apply("lt", a, ZERO), _neg(g), _mul(g, a))),)
+    (a,) = y.args  # sign(a) g, and 0 at 0 and NaN
+    return (_where(apply("gt", a, ZERO), g, _where(apply("lt", a, ZERO), _neg(g), ZERO)),)
 
 
 def _pow(g: Node, y: Node) -> tuple[Node, ...]:

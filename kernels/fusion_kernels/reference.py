@@ -246,7 +246,7 @@ class _Row:
 
     m: torch.Tensor  # (b, h, rows, 1)
     total: torch.Tensor  # (b, h, rows, 1)
-    out: torch.Tensor | None  # (b, h, rows, Dv), not yet divided
+    out: torch.Tensor  # (b, h, rows, Dv), not yet divided
 
 
 def _scores(p: _Problem, q: torch.Tensor, k: torch.Tensor, box: Box, program: Program) -> tuple[Environment, torch.Tensor]:
@@ -258,9 +258,9 @@ def _scores(p: _Problem, q: torch.Tensor, k: torch.Tensor, box: Box, program: Pr
 
 
 def _visit(
-    p: _Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, parts: list[tuple[Box, Program]]
+    p: _Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, parts: list[tuple[Box, Program]]
 ) -> _Row | None:
-    """The softmax over the keys of `parts`, folded in one after the other; with `v` None only the sums; None for no keys."""
+    """The softmax over the keys of `parts`, folded in one after the other; None for no keys."""
     row: _Row | None = None
     for box, program in parts:
         env, x = _scores(p, q, k, box, program)
@@ -270,14 +270,12 @@ def _visit(
         base = m.masked_fill(m == -math.inf, 0.0)  # rows that have met only -inf so far
         e = (x - base).exp_()
         total = e.sum(-1, keepdim=True)
-        out = None
-        if v is not None:
-            keep = p.dropout(env)
-            out = p.unfold(torch.matmul(p.fold(e if keep is None else e * keep), v[:, :, box.k[0] : box.k[1]]))
+        keep = p.dropout(env)
+        out = p.unfold(torch.matmul(p.fold(e if keep is None else e * keep), v[:, :, box.k[0] : box.k[1]]))
         if row is not None:
             decay = (row.m - base).exp_()
             total += row.total * decay
-            out = None if out is None or row.out is None else out.addcmul_(row.out, decay)
+            out.addcmul_(row.out, decay)
         row = _Row(m, total, out)
     return row
 
@@ -308,7 +306,7 @@ def tiled_forward(
             row = _visit(p, q_, keys, values, p.keys(box, skip=True))
             if row is None or (p.fill > -math.inf and not p.complete(row.m, nan=False)):
                 row = _visit(p, q_, keys, values, p.keys(box, skip=False))
-            assert row is not None and row.out is not None
+            assert row is not None
             out[here] = row.out.div_(row.total)
             lse[here] = (row.total.log_() + row.m).squeeze(-1).mul_(LOG2E)
 
@@ -333,8 +331,8 @@ def tiled_backward(
 ) -> None:
     """Fills `dq`, `dk`, `dv` and adds to `dcaptures` (fp32 or fp64, zeroed, one for each capture flagged in `needs`).
 
-    The softmax is recomputed with its own maximum and sum, not from `lse`: where a row is masked with a large finite fill,
-    log-sum-exp rounds to the fill itself and has forgotten how many keys share it.
+    The softmax is recomputed from its own maximum and sum, and delta from its own output: where a row is masked with a large
+    finite fill, `lse` rounds to the fill and has forgotten how many keys share it; a 16-bit `out` would cost delta its digits.
     """
     p = _Problem(q, k, v, captures, params, program, dropout_p, seed)
     wanted = tuple(i for i, need in enumerate(needs) if need)
@@ -345,8 +343,7 @@ def tiled_backward(
             here = (slice(*b), slice(*h), slice(*rows))
             box = Box(b, h, rows, (0, p.m))
             q_, do_ = q[here].to(p.dtype), do[here].to(p.dtype)
-            delta = (do_ * out[here].to(p.dtype)).sum(-1, keepdim=True)
-            dq[here] = _backward_rows(p, q_, do_, keys, values, delta, dkeys, dvalues, box, wanted, dcaptures)
+            dq[here] = _backward_rows(p, q_, do_, keys, values, dkeys, dvalues, box, wanted, dcaptures)
         kv = (slice(*b), slice(h[0] // p.group, h[1] // p.group))
         dk[kv], dv[kv] = dkeys, dvalues
 
@@ -357,7 +354,6 @@ def _backward_rows(
     do: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    delta: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
     box: Box,
@@ -367,11 +363,12 @@ def _backward_rows(
     """The gradient of one query tile, (b, h, rows, D); adds to dk, dv and dcaptures."""
     parts = p.keys(box, skip=True)
     single = _scores(p, q, k, *parts[0]) if len(parts) == 1 else None
-    row = _visit(p, q, k, None, parts) if len(parts) > 1 else None
+    row = _visit(p, q, k, v, parts) if len(parts) > 1 else None
     if (len(parts) != 1 or parts[0][0] != box) and not p.complete(single[1].amax(-1) if single else row and row.m):
         parts = p.keys(box, skip=False)  # a masked or NaN row gives every key its share of the gradient
         single = None
-        row = _visit(p, q, k, None, parts) if len(parts) > 1 else None
+        row = _visit(p, q, k, v, parts) if len(parts) > 1 else None
+    delta = None if row is None else (do * row.out).sum(-1, keepdim=True).div_(row.total)
     dq = torch.zeros_like(q)
     for part, program in parts:
         keys = slice(*part.k)
@@ -382,7 +379,7 @@ def _backward_rows(
         dp = p.unfold(torch.matmul(p.fold(do), v[:, :, keys].mT))
         if keep is not None:
             dp.mul_(keep)
-        env.grad = prob.mul_(dp.sub_((prob * dp).sum(-1, keepdim=True) if row is None else delta))
+        env.grad = prob.mul_(dp.sub_((prob * dp).sum(-1, keepdim=True) if delta is None else delta))
         gradient = vjp(program, wanted)
         ds, *dloads = evaluate([gradient.dscore, *(g for _, g in gradient.loads)], env)
         for (load, _), g in zip(gradient.loads, dloads, strict=True):

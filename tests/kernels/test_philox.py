@@ -1,0 +1,59 @@
+"""The random bits of dropout: Random123's known answers, independence of the tiling, and the keep rate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fusion_kernels.philox import keep_mask, philox
+
+PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+
+
+def words(*values: int) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.tensor(v) for v in values)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "counter", "key", "expected"),
+    [  # kat_vectors of Random123
+        (7, (0, 0, 0, 0), (0, 0), (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+        (7, (0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
+        (7, PI, (0xA4093822, 0x299F31D0), (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A)),
+        (10, (0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        (10, (0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (10, PI, (0xA4093822, 0x299F31D0), (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    ],
+)
+def test_known_answers(rounds: int, counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    got = philox(words(*counter), words(*key), rounds)  # type: ignore[arg-type]
+    assert tuple(hex(int(w)) for w in got) == tuple(hex(w) for w in expected)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31 - 1, 2**32, 2**62 + 12345, -1])
+def test_any_box_is_a_part_of_the_whole(seed: int) -> None:
+    s = torch.tensor(seed)
+    heads = torch.arange(6).view(2, 3)
+    whole = keep_mask(s, 0.3, heads, (0, 37), (0, 61))
+    assert whole.shape == (2, 3, 37, 61)
+    for queries, keys in (((0, 1), (0, 1)), ((5, 37), (3, 8)), ((36, 37), (60, 61)), ((7, 9), (4, 61)), ((0, 37), (17, 18))):
+        part = keep_mask(s, 0.3, heads[1:], queries, keys)
+        assert torch.equal(part, whole[1:, :, slice(*queries), slice(*keys)])
+
+
+def test_seeds_and_positions_differ() -> None:
+    heads = torch.arange(2)
+    a, b = (keep_mask(torch.tensor(s), 0.5, heads, (0, 64), (0, 64)) for s in (1, 2))
+    high = keep_mask(torch.tensor(1 + 2**32), 0.5, heads, (0, 64), (0, 64))
+    for x, y in ((a, b), (a[0], a[1]), (a[:, 0], a[:, 1]), (a[..., 0], a[..., 1]), (a, high)):
+        assert not torch.equal(x, y)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_keep_rate(p: float) -> None:
+    kept = keep_mask(torch.tensor(1234), p, torch.arange(8), (0, 128), (0, 128)).double()
+    n = kept.numel()
+    assert abs(kept.mean().item() - (1 - p)) <= 5 * (p * (1 - p) / n) ** 0.5  # five standard deviations
+    if 0 < p < 1:  # neighbours are independent: the correlation of n pairs is within five of its own deviations
+        for x, y in ((kept[..., 1:], kept[..., :-1]), (kept[:, 1:], kept[:, :-1]), (kept[1:], kept[:-1])):
+            correlation = torch.corrcoef(torch.stack([x.flatten(), y.flatten()]))[0, 1].item()
+            assert abs(correlation) <= 5 / x.numel() ** 0.5
