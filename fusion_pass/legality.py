@@ -62,7 +62,7 @@ def _check_writes(shadow: Shadow, match: Match, scores: Scores) -> None:
             raise Refused(Reason.MUTATION, f"{tuple(value.shape)} tensor is written in place between its use and the end of the attention",
                           "no write to an input of the attention before its end")  # fmt: skip
     for value in match.walked:
-        if value.record is None and value.seq:
+        if value.record is None and value.overwritten:
             raise Refused(Reason.MUTATION, f"a {tuple(value.shape)} tensor of the attention is written through a view of it",
                           "in-place operations on the tensor itself")  # fmt: skip
 

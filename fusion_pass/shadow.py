@@ -38,6 +38,7 @@ class Value:
     output: int = 0  # which result of the record
     node: torch.fx.Node | None = None  # the Dynamo node that holds it, None inside a composite call
     seq: int = 0
+    overwritten: bool = False  # what a write through an alias left behind
 
     def __repr__(self) -> str:
         return f"Value({self.id}, {tuple(self.shape)}, {self.node or self.record})"
@@ -174,6 +175,7 @@ class _Recorder(TorchDispatchMode):
             old = self.current.get(id(other))
             new = self.define(other, None)
             new.node = old.node if old is not None else None
+            new.overwritten = True
 
 
 def _mutated(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
