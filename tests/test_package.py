@@ -64,17 +64,18 @@ def test_the_switch_imports_os_and_nothing_else_while_it_is_off() -> None:
         python(code, FUSION_PASS=value)
 
 
-def test_the_switch_costs_less_than_a_millisecond_while_it_is_off() -> None:
+def test_the_switch_costs_nothing_beside_the_import_of_torch_while_it_is_off() -> None:
     code = (
         "import sys, time\n"
+        "start = time.perf_counter(); import torch; torch_cost = time.perf_counter() - start\n"
         "def cost():\n"
         "    for name in ('fusion_pass', 'fusion_pass.autoload'): sys.modules.pop(name, None)\n"
         "    start = time.perf_counter()\n"
         "    from fusion_pass import autoload; autoload.activate()\n"
         "    return time.perf_counter() - start\n"
-        "print(min(cost() for _ in range(20)))"
+        "print(min(cost() for _ in range(20)) / torch_cost)"
     )
-    assert float(python(code).stdout) < 1e-3
+    assert float(python(code).stdout) < 0.01
 
 
 def test_the_switch_waits_for_inductor_and_steps_aside() -> None:
