@@ -11,7 +11,6 @@ in a hash of this package's sources: a cache never serves what an older formula 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -284,9 +283,12 @@ ATTENTION_BACKWARD: torch._ops.OpOverload = getattr(torch.ops.fusion_kernels, f"
 # ---------------------------------------------------------------- bad input
 
 
-def _need(condition: bool, seen: str, needed: str) -> None:
-    if not condition:
-        raise ValueError(f"fusion_kernels: {seen}; needed: {needed}")
+def _bad(seen: str, needed: str) -> ValueError:
+    return ValueError(f"fusion_kernels: {seen}; needed: {needed}")
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"q has shape {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
 
 
 def _kind(dtype: torch.dtype) -> str:
@@ -305,43 +307,40 @@ def check(
 ) -> None:
     """Raises ValueError, naming the argument, what it is and what was needed, if the op cannot take these inputs."""
     for name, t in (("q", q), ("k", k), ("v", v)):
-        shape = tuple(t.shape)
-        _need(t.dim() == 4, f"{name} has shape {shape}", "4 dims (batch, heads, length, head dim)")
-        _need(t.device == q.device, f"{name} is on {t.device} and q on {q.device}", "one device")
         allowed = (*DTYPES, torch.float64) if t.device.type == "cpu" else DTYPES
-        _need(t.dtype in allowed, f"{name} has dtype {t.dtype} on {t.device}", " or ".join(str(d) for d in allowed))
-        _need(shape[3] <= MAX_HEAD_DIM, f"{name} has shape {shape}", f"a head dim (the last) of at most {MAX_HEAD_DIM}")
-        _need(shape[3] > 0, f"{name} has shape {shape}", "a head dim (the last) of at least 1")
-    _need(q.device.type in ("cpu", "cuda"), f"q is on {q.device}", "a CPU or CUDA tensor")
-    _need(q.dtype == k.dtype, f"k has dtype {k.dtype} and q {q.dtype}", "one dtype for q and k")
-    _need(q.shape[3] == k.shape[3], f"k has shape {tuple(k.shape)} and q {tuple(q.shape)}", "one head dim (the last) for q and k")
-    _need(q.shape[0] == k.shape[0], f"k has shape {tuple(k.shape)} and q {tuple(q.shape)}", "one batch size (the first dim)")
-    _need(
-        k.shape[:3] == v.shape[:3],
-        f"v has shape {tuple(v.shape)} and k {tuple(k.shape)}",
-        "one batch size, number of heads and length for k and v",
-    )
-    _need(
-        k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0,
-        f"q has {q.shape[1]} heads and k {k.shape[1]} (shapes {tuple(q.shape)}, {tuple(k.shape)})",
-        "a number of query heads that is a multiple of the number of key heads",
-    )
-    _need(
-        len(captures) == len(program.captures) and len(params) == program.params,
-        f"{len(captures)} captures and {len(params)} params were passed",
-        f"{len(program.captures)} captures and {program.params} params: the program reads them",
-    )
+        if t.dim() != 4:
+            raise _bad(f"{name} has shape {tuple(t.shape)}", "4 dims (batch, heads, length, head dim)")
+        if t.device != q.device:
+            raise _bad(f"{name} is on {t.device} and q on {q.device}", "one device")
+        if t.dtype not in allowed:
+            raise _bad(f"{name} has dtype {t.dtype} on {t.device}", " or ".join(str(d) for d in allowed))
+        if not 1 <= t.shape[3] <= MAX_HEAD_DIM:
+            raise _bad(f"{name} has shape {tuple(t.shape)}", f"a head dim (the last) from 1 to {MAX_HEAD_DIM}")
+    if q.device.type not in ("cpu", "cuda"):
+        raise _bad(f"q is on {q.device}", "a CPU or CUDA tensor")
+    if q.dtype != k.dtype:
+        raise _bad(f"q has dtype {q.dtype} and k {k.dtype}", "one dtype for q and k")
+    if q.shape[3] != k.shape[3]:
+        raise _bad(_shapes(q, k, v), "one head dim (the last) for q and k")
+    if q.shape[0] != k.shape[0]:
+        raise _bad(_shapes(q, k, v), "one batch size (the first dim)")
+    if k.shape[:3] != v.shape[:3]:
+        raise _bad(_shapes(q, k, v), "one batch size, number of heads and length for k and v")
+    if not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise _bad(_shapes(q, k, v), "a number of query heads (the second dim of q) that is a multiple of the number of key heads")
+    if len(captures) != len(program.captures) or len(params) != program.params:
+        needed = f"{len(program.captures)} captures and {program.params} params: the program reads them"
+        raise _bad(f"{len(captures)} captures and {len(params)} params were passed", needed)
     for i, (c, expected) in enumerate(zip(captures, program.captures, strict=True)):
-        seen = Capture(_kind(c.dtype), c.dim())
-        found = f"captures[{i}] is {seen.kind} of shape {tuple(c.shape)}"
-        _need(seen == expected, found, f"{expected.kind} with {expected.rank} dims")
-        _need(c.device == q.device, f"captures[{i}] is on {c.device} and q on {q.device}", "one device")
-    _need(not math.isnan(dropout_p) and 0 <= dropout_p <= 1, f"dropout_p is {dropout_p}", "a probability from 0 to 1")
-    if dropout_p:
-        _need(seed is not None, "dropout_p is set without a seed", "seed: a 0-d int64 tensor on q's device")
-        assert seed is not None
-        _need(
-            seed.dim() == 0 and seed.dtype == torch.int64 and seed.device == q.device,
-            f"seed has shape {tuple(seed.shape)}, dtype {seed.dtype}, on {seed.device}",
-            f"a 0-d int64 tensor on {q.device}",
-        )
+        if Capture(_kind(c.dtype), c.dim()) != expected:
+            found = f"captures[{i}] is {_kind(c.dtype)} of shape {tuple(c.shape)}"
+            raise _bad(found, f"{expected.kind} with {expected.rank} dims")
+        if c.device != q.device:
+            raise _bad(f"captures[{i}] is on {c.device} and q on {q.device}", "one device")
+    if not 0 <= dropout_p <= 1:
+        raise _bad(f"dropout_p is {dropout_p}", "a probability from 0 to 1")
+    if dropout_p and seed is None:
+        raise _bad("dropout_p is set without a seed", f"seed: a 0-d int64 tensor on {q.device}")
+    if dropout_p and seed is not None and (seed.dim() or seed.dtype != torch.int64 or seed.device != q.device):
+        found = f"seed has shape {tuple(seed.shape)}, dtype {seed.dtype}, on {seed.device}"
+        raise _bad(found, f"a 0-d int64 tensor on {q.device}")

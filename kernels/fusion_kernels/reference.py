@@ -379,7 +379,10 @@ def _backward_rows(
         dp = p.unfold(torch.matmul(p.fold(do), v[:, :, keys].mT))
         if keep is not None:
             dp.mul_(keep)
-        env.grad = prob.mul_(dp.sub_((prob * dp).sum(-1, keepdim=True) if delta is None else delta))
+        if delta is None:
+            env.grad = torch.ops.aten._softmax_backward_data(dp, prob, -1, p.dtype)  # p (dp - sum p dp), in one pass
+        else:
+            env.grad = prob.mul_(dp.sub_(delta))
         gradient = vjp(program, wanted)
         ds, *dloads = evaluate([gradient.dscore, *(g for _, g in gradient.loads)], env)
         for (load, _), g in zip(gradient.loads, dloads, strict=True):

@@ -268,4 +268,4 @@ def test_memory_is_linear_in_the_length(monkeypatch: pytest.MonkeyPatch) -> None
             case.tiled()
         return max(0, Watch.seen - inputs)
 
-    assert largest(1024) <= largest(256) + 2**12
+    assert largest(512) <= largest(128) + 2**12
