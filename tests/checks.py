@@ -8,6 +8,7 @@ fused backward's, which gets ``sum(p dp)`` as ``sum(o do)``, is a few roundings)
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -58,18 +59,33 @@ class Watch(TorchDispatchMode):
 
 
 class Recorder:
-    """A Dynamo backend that keeps the graphs it is given and runs them by another one."""
+    """A Dynamo backend that keeps the graphs it is given and runs them by another one, under `watch` where that is set."""
 
     def __init__(self, inner: str = "eager") -> None:
         self.inner, self.graphs = inner, []
+        self.watch: Watch | None = None
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self.graphs.append(copy.deepcopy(gm))
-        return torch._dynamo.lookup_backend(self.inner)(gm, list(example_inputs))
+        compiled = torch._dynamo.lookup_backend(self.inner)(gm, list(example_inputs))
+
+        def watched(*args: Any) -> Any:
+            with self.watch or contextlib.nullcontext():  # Dynamo compiles nothing under a mode: it is entered inside
+                return compiled(*args)
+
+        return watched
 
     def lines(self) -> list[tuple[str, str, str]]:
-        """(op, name, target) of each node, regions of checkpoints included: two equal lists are two equal graphs."""
-        return [(n.op, n.name, str(n.target)) for gm in self.graphs for n in _nodes(gm)]
+        """Each node's op, target and users, regions of checkpoints included: two equal lists are two equal graphs.
+
+        Symbols are left out: their names differ from one compile to the next.
+        """
+        nodes = [n for gm in self.graphs for n in _nodes(gm) if n.op != "placeholder" or isinstance(_value(n), Tensor)]
+        return [(n.op, str(n.target), str(len(n.users))) for n in nodes]
+
+
+def _value(node: torch.fx.Node) -> Any:
+    return node.meta.get("example_value", node.meta.get("val"))
 
 
 def _nodes(gm: GraphModule) -> Iterator[torch.fx.Node]:
@@ -97,11 +113,16 @@ class Result:
 
 
 def run(
-    fn: Callable[..., Any], inputs: Sequence[Any], *, parameters: Sequence[Tensor] = (), backward: bool = True, seed: int = 7
+    fn: Callable[..., Any],
+    inputs: Sequence[Any],
+    *,
+    backward: bool = True,
+    seed: int = 7,
+    watch: Watch | None = None,
 ) -> Result:
     """Call `fn` and pull a random cotangent back through it. The cotangents depend on the seed and the shapes alone.
 
-    `fn` gets clones, whose values must come back untouched.
+    `fn` gets clones, whose values must come back untouched. `watch` is entered for the backward pass alone.
     """
     given = [
         x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x.requires_grad) if _is(x) else x for x in inputs
@@ -110,13 +131,15 @@ def run(
     out = fn(*given)
     outputs = [x for x in tree_leaves(out) if _is(x)]
     generator = torch.Generator().manual_seed(seed)
+    parameters = list(fn.parameters()) if isinstance(fn, nn.Module) else []
     sources = [x for x in [*given, *parameters] if _is(x) and x.requires_grad]
     targets = [x for x in outputs if x.requires_grad] if backward else []
     gradients: list[Tensor | None] = []
     if targets and sources:
         cotangents = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in targets]
         cotangents = [c.bfloat16().to(x.dtype) for c, x in zip(cotangents, targets, strict=True)]  # the same in every dtype
-        gradients = list(torch.autograd.grad(targets, sources, cotangents, allow_unused=True))
+        with watch or contextlib.nullcontext():
+            gradients = list(torch.autograd.grad(targets, sources, cotangents, allow_unused=True))
     for x, y in zip(given, before, strict=True):
         if _is(x):
             assert torch.equal(x.detach().nan_to_num(), y.nan_to_num()), "an input was changed"
@@ -132,12 +155,8 @@ def exactly(fn: Callable[..., Any], inputs: Sequence[Any], *, backward: bool = T
     up = tree_map(
         lambda x: x.detach().double().requires_grad_(x.requires_grad) if _is(x) and x.is_floating_point() else x, list(inputs)
     )
-    parameters: list[Tensor] = []
-    if isinstance(fn, nn.Module):
-        fn = copy.deepcopy(fn).double()
-        parameters = list(fn.parameters())
     with Exact():
-        return run(fn, up, parameters=parameters, backward=backward, seed=seed)
+        return run(copy.deepcopy(fn).double() if isinstance(fn, nn.Module) else fn, up, backward=backward, seed=seed)
 
 
 def error(x: Tensor, exact: Tensor) -> float:

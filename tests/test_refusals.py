@@ -21,7 +21,7 @@ from fusion_pass.site import Reason
 class Case:
     fn: Callable[..., Any]
     inputs: tuple[T, ...]
-    reasons: tuple[Reason, ...]  # one for each site, in order; () for a case that may fuse, but only if it stays right
+    reasons: tuple[Reason | tuple[Reason, ...], ...]  # of each site (or one of several); () where it may fuse, if it stays right
 
     def __str__(self) -> str:
         return self.fn.__name__
@@ -34,12 +34,16 @@ class Case:
 CASES: list[Case] = []
 
 
-def refused(*reasons: Reason, inputs: tuple[T, ...] = qkv(n=17, m=17)) -> Callable[[Any], Any]:
+def refused(*reasons: Reason | tuple[Reason, ...], inputs: tuple[T, ...] = qkv(n=17, m=17)) -> Callable[[Any], Any]:
     def register(fn: Any) -> Any:
         CASES.append(Case(fn, inputs, reasons))
         return fn
 
     return register
+
+
+# An op between product and softmax that mixes scores: that no product is seen, or that its function is not pointwise, are both true.
+OPAQUE = (Reason.NOT_EXPRESSIBLE, Reason.NO_SCORES)
 
 
 def scores_of(q: Tensor, k: Tensor) -> Tensor:
@@ -184,12 +188,19 @@ def top_k_of_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.masked_fill(scores < last, -torch.inf).softmax(-1) @ v
 
 
-@refused(Reason.NOT_EXPRESSIBLE)
+@refused(OPAQUE)
 def scores_normalised_by_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.layer_norm(scores_of(q, k), (17,)).softmax(-1) @ v
 
 
 @refused(Reason.NOT_EXPRESSIBLE)
+def scores_minus_their_maximum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Harmless (softmax does it again), but the maximum of a row is no function of one score."""
+    scores = scores_of(q, k)
+    return (scores - scores.amax(-1, keepdim=True).detach()).softmax(-1) @ v
+
+
+@refused(OPAQUE)
 def cumulative_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.logsigmoid(scores_of(q, k)).cumsum(-1).softmax(-1) @ v
 
@@ -207,7 +218,7 @@ def scores_and_their_transpose(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores + scores.mT).softmax(-1) @ v
 
 
-@refused(Reason.NOT_EXPRESSIBLE)
+@refused(OPAQUE)
 def talking_heads_before(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mix = torch.ones(3, 3) + torch.eye(3)
     return torch.einsum("bhqk,hg->bgqk", scores_of(q, k), mix).softmax(-1) @ v
@@ -257,8 +268,9 @@ def mixture_of_vectors(gate: Tensor, x: Tensor) -> Tensor:
     return gate.softmax(-1) @ x
 
 
-@refused(Reason.NO_VALUES)
+@refused()
 def weights_only(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """No values: no attention, and no line in the report."""
     return scores_of(q, k).softmax(-1).sum(1)
 
 
@@ -310,7 +322,7 @@ def probabilities_written_through_a_view(q: Tensor, k: Tensor, v: Tensor) -> Ten
     return p @ v
 
 
-@refused(Reason.MUTATION)
+@refused()
 def query_written_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The scores were made from the old query; reading q where the site ends would see the new one."""
     with torch.no_grad():
@@ -321,7 +333,7 @@ def query_written_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return scores.softmax(-1) @ v
 
 
-@refused(Reason.MUTATION)
+@refused()
 def keys_written_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with torch.no_grad():
         k = k.clone()
@@ -382,10 +394,12 @@ def test_refused(case: Case, dynamic: bool) -> None:
     torch.manual_seed(0)
     got = run(compile_always(case.fn, recorder, dynamic=dynamic), inputs)
     report = fusion_pass.last_report()
+    assert_rule(got, eager, exactly(case.fn, inputs), str(case))
     if not case.reasons:
-        assert_rule(got, eager, exactly(case.fn, inputs), str(case))
         return
-    assert tuple(site.verdict.reason for site in report.sites) == case.reasons, sites_text(report)
+    assert len(report.sites) == len(case.reasons), sites_text(report)
+    for site, reasons in zip(report.sites, case.reasons, strict=True):
+        assert site.verdict.reason in (reasons if isinstance(reasons, tuple) else (reasons,)), sites_text(report)
     assert all(site.verdict.seen for site in report.sites), f"a refusal says what was seen{sites_text(report)}"
     assert recorder.lines() == untouched.lines(), "the graph of a refused site was changed"
     _bitwise(got, eager)
@@ -420,7 +434,7 @@ def test_small_sites_do_not_pay() -> None:
     """The default keeps its hands off a site where a fused kernel gains nothing, and says so."""
 
     def small(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return scores_of(q, k).softmax(-1) @ v
+        return scores_of(q, k).tanh().softmax(-1) @ v  # ATen has no kernel for it
 
     generator = torch.Generator().manual_seed(3)
     inputs = [make_input(x, generator, torch.float32) for x in qkv(b=1, h=1, n=2, d=4)]

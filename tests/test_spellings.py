@@ -21,16 +21,12 @@ from checks import (
     sites_text,
 )
 from spellings import SPELLINGS, Spelling, make_inputs
-from torch import Tensor, nn
+from torch import Tensor
 
 import fusion_pass
 from fusion_pass.site import Site
 
 ROWS = list(SPELLINGS.values())
-
-
-def _parameters(fn: Any) -> list[Tensor]:
-    return list(fn.parameters()) if isinstance(fn, nn.Module) else []
 
 
 def _judge(row: Spelling, fused: Result, eager: Result, exact: Callable[[], Result]) -> None:
@@ -58,11 +54,10 @@ def _check_mask(row: Spelling) -> None:
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_fused_and_right(row: Spelling) -> None:
     fn, inputs = row.build(False), make_inputs(row)
-    parameters = _parameters(fn)
-    eager = run(fn, inputs, parameters=parameters)
+    eager = run(fn, inputs)
     recorder = Recorder("eager")
     compiled = compile_always(fn, recorder, dynamic=False)
-    fused = run(compiled, inputs, parameters=parameters)
+    fused = run(compiled, inputs)
     assert_fused(fusion_pass.last_report(), recorder, row.sites)
     _check_mask(row)
     _judge(row, fused, eager, lambda: exactly(fn, inputs))
@@ -70,18 +65,17 @@ def test_fused_and_right(row: Spelling) -> None:
     rows, n, m = max(_scores_shape(site) for site in fusion_pass.last_report().fused)
     if min(n, m) == 1 or rows * n * m <= max(x.numel() for x in inputs if isinstance(x, Tensor)):
         return  # an input is as large as the scores: nothing can be told from sizes
-    with Watch((n, m), rows * n * m) as watch:
-        run(compiled, inputs, parameters=parameters)
+    recorder.watch = watch = Watch((n, m), rows * n * m)
+    run(compiled, inputs, watch=watch)
     assert not watch.seen, f"tensors as large as the scores: {watch.seen}"
 
 
 @pytest.mark.parametrize("row", [r for r in ROWS if r.dynamic], ids=str)
 def test_dynamic_shapes_through_aot(row: Spelling) -> None:
     fn, inputs = row.build(False), make_inputs(row, seed=1)
-    parameters = _parameters(fn)
-    eager = run(fn, inputs, parameters=parameters)
+    eager = run(fn, inputs)
     recorder = Recorder("aot_eager")
-    fused = run(compile_always(fn, recorder, dynamic=True), inputs, parameters=parameters)
+    fused = run(compile_always(fn, recorder, dynamic=True), inputs)
     assert_fused(fusion_pass.last_report(), recorder, row.sites)
     _judge(row, fused, eager, lambda: exactly(fn, inputs))
 
@@ -92,8 +86,8 @@ def test_twin(row: Spelling) -> None:
     inputs, twin = make_inputs(row), row.build(True)
     if row.refused is None:
         spelled = row.build(False)
-        a = run(spelled, inputs, parameters=_parameters(spelled))
-        b = run(twin, inputs, parameters=_parameters(twin))
+        a = run(spelled, inputs)
+        b = run(twin, inputs)
         if row.against == "eager":
             with pytest.raises(AssertionError):
                 assert_same(b, a, row.name)
@@ -130,10 +124,9 @@ INDUCTOR = ["bnhd_transpose", "repeat_kv_expand", "causal_and_padding", "RotaryB
 def test_through_inductor(name: str) -> None:
     row = SPELLINGS[name]
     fn, inputs = row.build(False), make_inputs(row)
-    parameters = _parameters(fn)
-    eager = run(fn, inputs, parameters=parameters)
+    eager = run(fn, inputs)
     compiled = torch.compile(fn, backend=fusion_pass.make_backend(when="always"), fullgraph=True)
-    fused = run(compiled, inputs, parameters=parameters)
+    fused = run(compiled, inputs)
     report = fusion_pass.last_report()
     assert len(report.fused) == row.sites, sites_text(report)
     _judge(row, fused, eager, lambda: exactly(fn, inputs))

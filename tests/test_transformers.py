@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from checks import Exact, Recorder, Result, allowed, assert_rule, error, fused_nodes, run, sites_text
+from checks import Recorder, allowed, assert_rule, error, exactly, fused_nodes, run, sites_text
 from torch import Tensor, nn
 
 import fusion_pass
@@ -225,23 +224,15 @@ def assert_all_fused(name: str, recorder: Recorder, training: bool = True) -> No
     assert fused_nodes(recorder.graphs) == wanted
 
 
-def exactly(call: Call, inputs: list[Tensor], backward: bool) -> Result:
-    up = copy.deepcopy(call).double()
-    up_inputs = [x.double() if x.is_floating_point() else x for x in inputs]
-    with Exact():
-        return run(up, up_inputs, parameters=list(up.parameters()), backward=backward)
-
-
 def judge(name: str, call: Call, inputs: list[Tensor], backward: bool, context: Callable[[], Any] = torch.enable_grad) -> None:
     """Compile, run, and hold outputs and all parameters' gradients to the rule."""
-    parameters = list(call.parameters())
     with context():
-        eager = run(call, inputs, parameters=parameters, backward=backward)
+        eager = run(call, inputs, backward=backward)
     compiled, recorder = fuse(call)
     with context():
-        fused = run(compiled, inputs, parameters=parameters, backward=backward)
+        fused = run(compiled, inputs, backward=backward)
     assert_all_fused(name, recorder, call.training)
-    exact = exactly(call, inputs, backward)
+    exact = exactly(call, inputs, backward=backward)
     assert_rule(fused, eager, exact, name)
 
 
@@ -271,7 +262,7 @@ def test_training_with_dropout(name: str) -> None:
     results = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        results.append(run(compiled, inputs, parameters=list(call.parameters())))
+        results.append(run(compiled, inputs))
     assert_all_fused(name, recorder)
     assert all(s.attention is not None and s.attention.dropout_p == 0.1 for s in fusion_pass.last_report().fused)
     assert all(g is None or bool(g.isfinite().all()) for r in results for g in r.gradients)
@@ -296,25 +287,23 @@ def test_autocast(name: str) -> None:
 def test_dynamic_lengths(name: str) -> None:
     """One compile serves two lengths."""
     call, inputs = prepare(name, training=True)
-    parameters = list(call.parameters())
     compiled, recorder = fuse(call, dynamic=True)
     for length in (LENGTH, 24):
         shorter = [x[:, :length].contiguous() for x in inputs]
-        fused = run(compiled, shorter, parameters=parameters)
-        assert_rule(fused, run(call, shorter, parameters=parameters), exactly(call, shorter, True), f"{name} at {length}")
+        fused = run(compiled, shorter)
+        assert_rule(fused, run(call, shorter), exactly(call, shorter), f"{name} at {length}")
     assert_all_fused(name, recorder)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
 def test_through_inductor(name: str) -> None:
     call, inputs = prepare(name, training=True)
-    parameters = list(call.parameters())
-    eager = run(call, inputs, parameters=parameters)
+    eager = run(call, inputs)
     compiled = torch.compile(call, backend=fusion_pass.make_backend(when="always"))
-    fused = run(compiled, inputs, parameters=parameters)
+    fused = run(compiled, inputs)
     report = fusion_pass.last_report()
     assert len(report.fused) == ARCHITECTURES[name].sites and not report.refused, sites_text(report)
-    assert_rule(fused, eager, exactly(call, inputs, True), name)
+    assert_rule(fused, eager, exactly(call, inputs), name)
 
 
 def test_the_reference_means_what_the_model_means() -> None:

@@ -118,26 +118,26 @@ def causal_and_padding(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, twin: bool
 @spelling(*qkv(n=129), padding(2, 129, dtype=torch.float32), mask="causal")
 def causal_plus_padding(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, twin: bool = False) -> Tensor:
     """Two additive masks, one after the other."""
-    causal = torch.full((q.shape[2], k.shape[2]), -1e9, dtype=q.dtype).triu(1)
+    causal = torch.full((q.shape[2], k.shape[2]), torch.finfo(q.dtype).min, dtype=q.dtype).triu(1)
     scores = scores_of(q, k) + causal
     return (scores if twin else scores + (1.0 - keep[:, None, None]) * -1e9).softmax(-1) @ v
 
 
-@spelling(*qkv(n=197), mask="window")
+@spelling(*qkv(n=197), mask="")
 def sliding_window(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     rows, columns = rows_and_columns(q, k)
     allowed = (columns <= rows) & (rows - columns < (31 if twin else 32))
     return torch.where(allowed, scores_of(q, k), -torch.inf).softmax(-1) @ v
 
 
-@spelling(*qkv(n=197), mask="window")
+@spelling(*qkv(n=197), mask="")
 def window_by_triu_and_tril(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     ones = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
     allowed = ones.tril(0) & ones.triu(-31 if twin else -32)
     return scores_of(q, k).masked_fill(~allowed, -torch.inf).softmax(-1) @ v
 
 
-@spelling(*qkv(n=197), mask="window")
+@spelling(*qkv(n=197), mask="")
 def window_both_ways(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     rows, columns = rows_and_columns(q, k)
     dead = torch.logical_or((rows - columns) > (10 if twin else 9), (columns - rows) > 9)
@@ -257,14 +257,6 @@ def maximum_with_finfo(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> T
     """OPT: torch.max against a 0-d tensor."""
     low = torch.tensor(0.0 if twin else torch.finfo(q.dtype).min)
     return torch.max(scores_of(q, k), low).softmax(-1) @ v
-
-
-@spelling(*qkv(n=63))
-def centred_by_row(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
-    """Subtracting the row's maximum first changes nothing (detached or not); the twin divides by it."""
-    scores = scores_of(q, k)
-    top = scores.amax(-1, keepdim=True).detach()
-    return (scores * 2 if twin else scores - top).softmax(-1) @ v
 
 
 @spelling(*qkv(n=63))

@@ -86,7 +86,7 @@ class Spelling:
     build: Callable[[bool], Callable[..., Any]]  # twin -> the function or module
     inputs: tuple[Any, ...]  # T, or a plain number passed as it is
     sites: int
-    mask: str | None  # a word that the proved mask fact must hold; such a site must skip tiles
+    mask: str | None  # the site must be proved to skip tiles, and the fact must hold this word ("" for any)
     refused: Reason | None  # why the twin is refused; None: the twin fuses too and must differ
     dtype: torch.dtype
     dynamic: bool  # whether it is also compiled with dynamic=True
