@@ -263,7 +263,8 @@ def _backward(ctx: Any, do: Tensor, _: Tensor | None) -> tuple:
         do, q, k, v, captures, ctx.params, ctx.program, ctx.dropout_p, seed, out, lse, needs
     )
     dcaptures = [d if need else None for d, need in zip(dcaptures, needs, strict=True)]
-    return dq, dk, dv, dcaptures, [None] * len(ctx.params), None, None, None
+    no_params = None if ctx.params else []  # the structure of the inputs, as torch.library compares it
+    return dq, dk, dv, dcaptures, no_params, None, None, None
 
 
 def _twice(ctx: Any, *grads: Any) -> tuple:
