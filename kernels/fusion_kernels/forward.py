@@ -61,8 +61,9 @@ def _loop(
             p = tl.math.exp2((x - finite[:, None]) * LOG2E)
             decay = tl.math.exp2((peak - finite) * LOG2E)
         else:
-            p = tl.math.exp2(x * (FACTOR * LOG2E) - (finite * LOG2E)[:, None])
-            decay = tl.math.exp2(peak * LOG2E - finite * LOG2E)
+            shift = tl.fma(finite, LOG2E, 0.0)  # rounded here, the same in every use
+            p = tl.math.exp2(x * (FACTOR * LOG2E) - shift[:, None])
+            decay = tl.math.exp2(tl.fma(peak, LOG2E, 0.0) - shift)
         total = total * decay + tl.sum(p, 1)
         peak = higher
         if DROPOUT:
@@ -156,7 +157,7 @@ def _forward(
     store_rows(out, acc0 * share[:, None], q_start, N, out_strides[2], out_strides[3], 0, V0, DV, BLOCK_M)
     if V1 > 0:
         store_rows(out, acc1 * share[:, None], q_start, N, out_strides[2], out_strides[3], V0, V1, DV, BLOCK_M)
-    value = peak * LOG2E + tl.math.log2(total)
+    value = tl.fma(peak, LOG2E, 0.0) + tl.math.log2(total)
     tl.store(lse + tl.cast(b * H + h, tl.int64) * N + rows, value, mask=rows < N)
 
 

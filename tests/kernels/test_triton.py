@@ -1,0 +1,84 @@
+"""The Triton kernels on the CPU, through Triton's interpreter, beside eager in float64.
+
+Triton decides when it is imported whether its functions are compiled or interpreted, and other tests of the same pytest
+process may need the compiled ones: everything here runs in one worker process that is started with TRITON_INTERPRET=1.
+bf16 is left to the GPU tests: the interpreter's bf16 products are wrong.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import pytest
+
+SHAPES = {
+    "grouped, odd": (2, 2, 1, 37, 53, 16, 16),
+    "dims of two parts": (1, 2, 2, 65, 64, 40, 24),
+}
+NAMES = [
+    "plain", "causal", "causal, finfo.min", "strictly anticausal, -1e9", "strictly anticausal, -inf", "window", "blocks, -1e4",
+    "alibi", "softcap", "padding", "bias", "own bias", "lowest mask", "relative", "key factor", "row factor", "documents",
+    "offset", "math",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[ProcessPoolExecutor]:
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"  # read by the child only: Triton is not imported here because of it
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            pool.submit(int).result()
+            yield pool
+    finally:
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before
+
+
+def compare(name: str, shape: tuple[int, ...], dtype: str, options: dict[str, Any]) -> list[tuple[str, float, float, float]]:
+    """Runs in the worker: (what, error, eager's error, allowed error) for out, dq, dk, dv and each capture's gradient."""
+    import torch
+    import triton_cases
+
+    torch.set_num_threads(1)
+    kind = getattr(torch, dtype)
+    results = triton_cases.compare(name, triton_cases.Shape(*shape), kind, "cpu", **options)
+    names = triton_cases.OUTPUTS
+    return [(w, ours, eager, triton_cases.allowed(w, eager, kind)) for w, (ours, eager) in zip(names, results, strict=False)]
+
+
+def check(worker: ProcessPoolExecutor, name: str, shape: tuple[int, ...], dtype: str = "float32", **options: Any) -> None:
+    for what, ours, eager, limit in worker.submit(compare, name, shape, dtype, options).result():
+        assert ours <= limit, f"{what}: error {ours:.2e}, eager {eager:.2e}, allowed {limit:.2e}"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_programs(worker: ProcessPoolExecutor, name: str, shape: str) -> None:
+    check(worker, name, SHAPES[shape])
+
+
+@pytest.mark.parametrize("name", ["plain", "causal", "bias"])
+def test_half(worker: ProcessPoolExecutor, name: str) -> None:
+    check(worker, name, (1, 2, 1, 33, 47, 32, 32), "float16")
+
+
+@pytest.mark.parametrize("n,m", [(1, 1), (1, 70), (63, 1)])
+def test_lengths(worker: ProcessPoolExecutor, n: int, m: int) -> None:
+    check(worker, "plain", (2, 1, 1, n, m, 16, 16))
+    check(worker, "causal, finfo.min", (2, 1, 1, n, m, 16, 16))
+
+
+@pytest.mark.parametrize("p", [0.25, 1.0])
+def test_dropout(worker: ProcessPoolExecutor, p: float) -> None:
+    check(worker, "causal", (2, 2, 1, 37, 53, 16, 16), p=p)
+
+
+def test_contiguous_memory(worker: ProcessPoolExecutor) -> None:
+    check(worker, "alibi", (2, 2, 2, 32, 32, 16, 16), transposed=False)
