@@ -68,7 +68,7 @@ def attention(
         text = program if isinstance(program, str) else program.text
     else:
         if captures or params:
-            raise ValueError("fusion_kernels: captures or params were passed without a program; needed: the program that reads them")
+            raise ValueError("fusion_kernels: captures or params were passed without a program; needed: the one that reads them")
         text, captures = _build(q, k, scale, causal, window, bias, mask, softcap)
     if dropout_p and not isinstance(seed, Tensor):
         seed = torch.randint(2**62, (), device=q.device) if seed is None else torch.tensor(seed, device=q.device)
@@ -112,8 +112,8 @@ def _build(
         spread = tuple(bool(a == 1) for a in t.shape)
         plans.append((name, "bool" if t.dtype == torch.bool else "float", spread))
         tensors.append(t)
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    return _text(scale, causal, window, softcap, tuple(plans)), tensors
+    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
+    return _text(factor, causal, window, softcap, tuple(plans)), tensors
 
 
 @torch.compiler.assume_constant_result

@@ -77,8 +77,8 @@ _OPERATORS: dict[str, Callable] = {
 
 _NUMBERS: dict[str, Callable] = {
     **_OPERATORS,
-    "maximum": max,
-    "minimum": min,
+    "maximum": lambda a, b: a if a > b or a != a else b,  # NaN wins
+    "minimum": lambda a, b: a if a < b or a != a else b,
     "not": operator.not_,
     "where": lambda p, a, b: a if p else b,
     "to_float": float,

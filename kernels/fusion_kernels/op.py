@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu, reference
+from . import cpu, reference, tiled
 from .program import Capture, Program, parse
 
 __all__ = ["ATTENTION", "ATTENTION_BACKWARD", "VERSION", "check", "force", "kernel_for"]
@@ -182,7 +182,7 @@ def _attention(
         results = reference.dense(q, k, v, captures, params, parsed, dropout_p, seed)
         return out.copy_(results[0]), lse.copy_(results[1])
     if choice == "tiled":
-        reference.tiled_forward(q, k, v, captures, params, parsed, dropout_p, seed, out, lse)
+        tiled.tiled_forward(q, k, v, captures, params, parsed, dropout_p, seed, out, lse)
         return out, lse
     from .forward import attention_forward
 
@@ -229,7 +229,7 @@ def _attention_backward(
     if choice == "dense":
         reference.dense_backward(*arguments)
     elif choice == "tiled":
-        reference.tiled_backward(*arguments)
+        tiled.tiled_backward(*arguments)
     else:
         from .backward import attention_backward
 
@@ -328,7 +328,9 @@ def check(
     if k.shape[:3] != v.shape[:3]:
         raise _bad(_shapes(q, k, v), "one batch size, number of heads and length for k and v")
     if not k.shape[1] or q.shape[1] % k.shape[1]:
-        raise _bad(_shapes(q, k, v), "a number of query heads (the second dim of q) that is a multiple of the number of key heads")
+        raise _bad(
+            _shapes(q, k, v), "a number of query heads (the second dim of q) that is a multiple of the number of key heads"
+        )
     if len(captures) != len(program.captures) or len(params) != program.params:
         needed = f"{len(program.captures)} captures and {program.params} params: the program reads them"
         raise _bad(f"{len(captures)} captures and {len(params)} params were passed", needed)

@@ -200,8 +200,8 @@ _FOLDS: dict[str, Callable] = {
     "div": lambda a, b: a / b,
     "neg": lambda a: -a,
     "abs": abs,
-    "maximum": max,
-    "minimum": min,
+    "maximum": lambda a, b: a if a > b or a != a else b,  # NaN wins
+    "minimum": lambda a, b: a if a < b or a != a else b,
     "floordiv": lambda a, b: a // b,
     "mod": lambda a, b: a % b,
     "lt": lambda a, b: a < b,

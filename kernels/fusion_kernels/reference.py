@@ -1,4 +1,4 @@
-"""What the op means, in torch: `dense` to be read, `tiled_forward` and `tiled_backward` to be run with memory linear in N.
+"""What the op means, in torch, every score at once: to be read, and to hold everything else to.
 
     s = q k^T                          raw scores, no implicit scale
     x = program(s; b, h, q, k, ...)
@@ -18,23 +18,18 @@ Backward, with do = d(loss)/do:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
-from . import tiles
 from .derivative import vjp
-from .evaluate import Box, Environment, evaluate, integer, scatter
+from .evaluate import Box, Environment, evaluate, scatter
 from .philox import keep_mask
 from .program import Program
 
-__all__ = ["compute_dtype", "dense", "dense_backward", "tiled_backward", "tiled_forward"]
+__all__ = ["LOG2E", "as_tensor", "compute_dtype", "dense", "dense_backward", "dropout_factor"]
 
 LOG2E = math.log2(math.e)
-TILE = 2**19  # scores in a tile, unless one row of keys is longer
-ROWS = 128  # rows of a query tile where tiles of keys can be skipped
-KEYS = 2**14  # keys in a tile: more are folded in by the online softmax
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -65,7 +60,7 @@ def dense(
     env = _dense_environment(q, k, captures, params)
     p, lse = _dense_softmax(env, program)
     if dropout_p:
-        p = p * _dropout(env.box, dropout_p, seed, env)
+        p = p * dropout_factor(env.box, dropout_p, seed, env)
     return (p @ _grouped(v, q.shape[1], env.dtype)).to(v.dtype), lse
 
 
@@ -87,20 +82,20 @@ def dense_backward(
     dv: torch.Tensor,
     dcaptures: Sequence[torch.Tensor | None],
 ) -> None:
-    """The definition of the gradients; arguments as in `tiled_backward`."""
+    """The definition of the gradients; arguments as in `tiled.tiled_backward`."""
     env = _dense_environment(q, k, captures, params)
     heads, kv_heads, dtype = q.shape[1], k.shape[1], env.dtype
     do = do.to(dtype)
     p, _ = _dense_softmax(env, program)
-    keep = _dropout(env.box, dropout_p, seed, env) if dropout_p else torch.ones((), dtype=dtype, device=q.device)
+    keep = dropout_factor(env.box, dropout_p, seed, env) if dropout_p else torch.ones((), dtype=dtype, device=q.device)
     dp = keep * (do @ _grouped(v, heads, dtype).mT)
     env.grad = p * (dp - (p * dp).sum(-1, keepdim=True))
     gradient = vjp(program, tuple(i for i, need in enumerate(needs) if need))
     for load, g in gradient.loads:
         into = dcaptures[load.attr]  # type: ignore[index]
         assert into is not None
-        scatter(load, _tensor(evaluate([g], env)[0], env), into, env)
-    ds = _tensor(evaluate([gradient.dscore], env)[0], env).expand(p.shape)
+        scatter(load, as_tensor(evaluate([g], env)[0], env), into, env)
+    ds = as_tensor(evaluate([gradient.dscore], env)[0], env).expand(p.shape)
     dq.copy_(ds @ _grouped(k, heads, dtype))
     dk.copy_((ds.mT @ q.to(dtype)).unflatten(1, (kv_heads, -1)).sum(2))
     dv.copy_(((p * keep).mT @ do).unflatten(1, (kv_heads, -1)).sum(2))
@@ -111,13 +106,11 @@ def _grouped(t: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.Tensor:
     return t.to(dtype).repeat_interleave(heads // t.shape[1], 1) if t.shape[1] != heads else t.to(dtype)
 
 
-def _tensor(value: object, env: Environment) -> torch.Tensor:
+def as_tensor(value: object, env: Environment) -> torch.Tensor:
     return value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=env.dtype, device=env.device)
 
 
-def _dense_environment(
-    q: torch.Tensor, k: torch.Tensor, captures: Sequence[torch.Tensor], params: Sequence[int]
-) -> Environment:
+def _dense_environment(q: torch.Tensor, k: torch.Tensor, captures: Sequence[torch.Tensor], params: Sequence[int]) -> Environment:
     (batch, heads, n, _), m = q.shape, k.shape[2]
     dtype = compute_dtype(q.dtype)
     score = q.to(dtype) @ _grouped(k, heads, dtype).mT
@@ -128,11 +121,11 @@ def _dense_environment(
 def _dense_softmax(env: Environment, program: Program) -> tuple[torch.Tensor, torch.Tensor]:
     """Probabilities (B, H, N, M) and base-2 log-sum-exp (B, H, N)."""
     assert env.score is not None
-    x = _tensor(evaluate([program.root], env)[0], env).expand(env.score.shape)
+    x = as_tensor(evaluate([program.root], env)[0], env).expand(env.score.shape)
     return torch.softmax(x, -1), torch.logsumexp(x.detach(), -1) * LOG2E
 
 
-def _dropout(box: Box, p: float, seed: torch.Tensor | None, env: Environment) -> torch.Tensor:
+def dropout_factor(box: Box, p: float, seed: torch.Tensor | None, env: Environment) -> torch.Tensor:
     """What probabilities are multiplied with: 0 or 1 / (1 - p), over the box."""
     assert seed is not None
     if p >= 1:
@@ -140,257 +133,3 @@ def _dropout(box: Box, p: float, seed: torch.Tensor | None, env: Environment) ->
     batches, heads = (torch.arange(*r, device=env.device) for r in (box.b, box.h))
     row = batches.view(-1, 1) * env.sizes["H"] + heads
     return keep_mask(seed, p, row, box.q, box.k).to(env.dtype) / (1 - p)
-
-
-# ---------------------------------------------------------------- tiles
-
-
-class _Problem:
-    """One call: its sizes, and how it is cut into tiles."""
-
-    def __init__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        captures: Sequence[torch.Tensor],
-        params: Sequence[int],
-        program: Program,
-        dropout_p: float,
-        seed: torch.Tensor | None,
-    ) -> None:
-        self.q, self.k, self.v = q, k, v
-        self.captures, self.params, self.program = captures, params, program
-        self.dropout_p, self.seed = dropout_p, seed
-        self.dtype, self.device = compute_dtype(q.dtype), q.device
-        (self.batch, self.heads, self.n, _), self.m = q.shape, k.shape[2]
-        self.group = self.heads // k.shape[1]
-        self.sizes = {"B": self.batch, "H": self.heads, "N": self.n, "M": self.m}
-        self.bounds = tiles.kv_bounds(program)
-        self.full = tiles.full_program(program)
-        self.fill = tiles.fill(program)
-
-    def blocks(self) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-        """Ranges of (batch, heads) whose keys and values are held in the compute dtype at once."""
-        rows = min(self.n, ROWS) if self.bounds else self.n
-        room = max(1, TILE // max(1, rows * min(self.m, KEYS)))
-        per_head = self.bounds is not None and any(
-            node.depends_on("b", "h") for node in (self.bounds.lo, self.bounds.hi, self.bounds.full_lo, self.bounds.full_hi)
-        )
-        kv = self.heads // self.group
-        heads = 1 if per_head and self.group == 1 else max(1, min(kv, room // self.group))
-        batches = 1 if per_head or heads < kv else max(1, min(self.batch, room // self.heads))
-        for b in range(0, self.batch, batches):
-            for h in range(0, kv, heads):
-                yield (b, min(b + batches, self.batch)), (h * self.group, min(h + heads, kv) * self.group)
-
-    def rows(self, b: tuple[int, int], h: tuple[int, int]) -> Iterator[tuple[int, int]]:
-        """Query tiles of a block."""
-        room = TILE // max(1, (b[1] - b[0]) * (h[1] - h[0]) * min(self.m, KEYS))
-        step = max(1, min(self.n, max(room, 16), ROWS if self.bounds else self.n))
-        for start in range(0, self.n, step):
-            yield start, min(start + step, self.n)
-
-    def keys(self, box: Box, skip: bool) -> list[tuple[Box, Program]]:
-        """Key tiles that the rows of `box` visit, each with the cheapest program that is right for it."""
-        lo, hi, full_lo, full_hi = 0, self.m, 0, 0
-        if self.bounds is not None and skip:
-            corners = {"q0": box.q[0], "q1": box.q[1] - 1, "b": box.b[0]}
-            ends = [
-                [
-                    integer(node, self.sizes, self.params, {**corners, "h": h})
-                    for node in (self.bounds.lo, self.bounds.hi, self.bounds.full_lo, self.bounds.full_hi)
-                ]
-                for h in (range(*box.h) if self.group > 1 else box.h[:1])
-            ]
-            lo, hi = max(0, min(e[0] for e in ends)), min(self.m, max(e[1] for e in ends))
-            full_lo, full_hi = max(e[2] for e in ends), min(e[3] for e in ends)
-        tiles_: list[tuple[Box, Program]] = []
-        for start in range(lo, hi, KEYS):
-            end = min(start + KEYS, hi)
-            program = self.full if full_lo <= start and end <= full_hi else self.program
-            tiles_.append((Box(box.b, box.h, box.q, (start, end)), program))
-        return tiles_
-
-    def kv(self, t: torch.Tensor, b: tuple[int, int], h: tuple[int, int]) -> torch.Tensor:
-        """The keys or values of a block, (b, kv heads, M, D), in the compute dtype."""
-        return t[b[0] : b[1], h[0] // self.group : h[1] // self.group].to(self.dtype)
-
-    def fold(self, t: torch.Tensor) -> torch.Tensor:
-        """(b, h, rows, D) -> (b, kv heads, group * rows, D): the heads that share keys become more rows."""
-        return t if self.group == 1 else t.unflatten(1, (-1, self.group)).flatten(2, 3)
-
-    def unfold(self, t: torch.Tensor) -> torch.Tensor:
-        return t if self.group == 1 else t.unflatten(2, (self.group, -1)).flatten(1, 2)
-
-    def score(self, q: torch.Tensor, k: torch.Tensor, box: Box) -> torch.Tensor:
-        return self.unfold(torch.matmul(self.fold(q), k[:, :, box.k[0] : box.k[1]].mT))
-
-    def dropout(self, env: Environment) -> torch.Tensor | None:
-        return _dropout(env.box, self.dropout_p, self.seed, env) if self.dropout_p else None
-
-    def complete(self, m: torch.Tensor | None, nan: bool = True) -> bool:
-        """Whether every row has a score far enough above the masks that nothing skipped counts (`tiles`); m: the rows' largest.
-
-        nan: whether rows that are NaN (or all -inf, which become NaN) have to reach every key as well.
-        """
-        if m is None:
-            return False
-        enough = m >= self.fill + 128
-        return bool((enough & m.isfinite() if nan else enough | m.isnan()).all())
-
-
-@dataclass
-class _Row:
-    """The running softmax of a query tile: largest score, sum of exp(x - largest), and that sum over values."""
-
-    m: torch.Tensor  # (b, h, rows, 1)
-    total: torch.Tensor  # (b, h, rows, 1)
-    out: torch.Tensor  # (b, h, rows, Dv), not yet divided
-
-
-def _scores(p: _Problem, q: torch.Tensor, k: torch.Tensor, box: Box, program: Program) -> tuple[Environment, torch.Tensor]:
-    """x over a tile, (b, h, rows, keys), and the values that it was computed from."""
-    env = Environment(box, p.sizes, p.captures, p.params, p.dtype, p.device, score=p.score(q, k, box))
-    (x,) = evaluate([program.root], env)
-    assert env.score is not None
-    return env, _tensor(x, env).expand(env.score.shape)
-
-
-def _visit(
-    p: _Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, parts: list[tuple[Box, Program]]
-) -> _Row | None:
-    """The softmax over the keys of `parts`, folded in one after the other; None for no keys."""
-    row: _Row | None = None
-    for box, program in parts:
-        env, x = _scores(p, q, k, box, program)
-        m = x.amax(-1, keepdim=True)
-        if row is not None:
-            m = torch.maximum(m, row.m)
-        base = m.masked_fill(m == -math.inf, 0.0)  # rows that have met only -inf so far
-        e = (x - base).exp_()
-        total = e.sum(-1, keepdim=True)
-        keep = p.dropout(env)
-        out = p.unfold(torch.matmul(p.fold(e if keep is None else e * keep), v[:, :, box.k[0] : box.k[1]]))
-        if row is not None:
-            decay = (row.m - base).exp_()
-            total += row.total * decay
-            out.addcmul_(row.out, decay)
-        row = _Row(m, total, out)
-    return row
-
-
-def tiled_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    captures: Sequence[torch.Tensor],
-    params: Sequence[int],
-    program: Program,
-    dropout_p: float,
-    seed: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-) -> None:
-    """Fills `out` (B, H, N, Dv) and `lse` (B, H, N); arguments as in `dense`. Holds one tile of scores at a time."""
-    p = _Problem(q, k, v, captures, params, program, dropout_p, seed)
-    if not p.m:
-        out.zero_()
-        lse.fill_(-math.inf)
-        return
-    for b, h in p.blocks():
-        keys, values = p.kv(k, b, h), p.kv(v, b, h)
-        for rows in p.rows(b, h):
-            here = (slice(*b), slice(*h), slice(*rows))
-            box, q_ = Box(b, h, rows, (0, p.m)), q[here].to(p.dtype)
-            row = _visit(p, q_, keys, values, p.keys(box, skip=True))
-            if row is None or (p.fill > -math.inf and not p.complete(row.m, nan=False)):
-                row = _visit(p, q_, keys, values, p.keys(box, skip=False))
-            assert row is not None
-            out[here] = row.out.div_(row.total)
-            lse[here] = (row.total.log_() + row.m).squeeze(-1).mul_(LOG2E)
-
-
-def tiled_backward(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    captures: Sequence[torch.Tensor],
-    params: Sequence[int],
-    program: Program,
-    dropout_p: float,
-    seed: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    needs: Sequence[bool],
-    dq: torch.Tensor,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
-    dcaptures: Sequence[torch.Tensor | None],
-) -> None:
-    """Fills `dq`, `dk`, `dv` and adds to `dcaptures` (fp32 or fp64, zeroed, one for each capture flagged in `needs`).
-
-    The softmax is recomputed from its own maximum and sum, and delta from its own output: where a row is masked with a large
-    finite fill, `lse` rounds to the fill and has forgotten how many keys share it; a 16-bit `out` would cost delta its digits.
-    """
-    p = _Problem(q, k, v, captures, params, program, dropout_p, seed)
-    wanted = tuple(i for i, need in enumerate(needs) if need)
-    for b, h in p.blocks():
-        keys, values = p.kv(k, b, h), p.kv(v, b, h)
-        dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
-        for rows in p.rows(b, h):
-            here = (slice(*b), slice(*h), slice(*rows))
-            box = Box(b, h, rows, (0, p.m))
-            q_, do_ = q[here].to(p.dtype), do[here].to(p.dtype)
-            dq[here] = _backward_rows(p, q_, do_, keys, values, dkeys, dvalues, box, wanted, dcaptures)
-        kv = (slice(*b), slice(h[0] // p.group, h[1] // p.group))
-        dk[kv], dv[kv] = dkeys, dvalues
-
-
-def _backward_rows(
-    p: _Problem,
-    q: torch.Tensor,
-    do: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
-    box: Box,
-    wanted: tuple[int, ...],
-    dcaptures: Sequence[torch.Tensor | None],
-) -> torch.Tensor:
-    """The gradient of one query tile, (b, h, rows, D); adds to dk, dv and dcaptures."""
-    parts = p.keys(box, skip=True)
-    single = _scores(p, q, k, *parts[0]) if len(parts) == 1 else None
-    row = _visit(p, q, k, v, parts) if len(parts) > 1 else None
-    if (len(parts) != 1 or parts[0][0] != box) and not p.complete(single[1].amax(-1) if single else row and row.m):
-        parts = p.keys(box, skip=False)  # a masked or NaN row gives every key its share of the gradient
-        single = None
-        row = _visit(p, q, k, v, parts) if len(parts) > 1 else None
-    delta = None if row is None else (do * row.out).sum(-1, keepdim=True).div_(row.total)
-    dq = torch.zeros_like(q)
-    for part, program in parts:
-        keys = slice(*part.k)
-        env, x = single or _scores(p, q, k, part, program)
-        prob = torch.softmax(x, -1) if row is None else (x - row.m).exp_().div_(row.total)
-        keep = p.dropout(env)
-        dv[:, :, keys] += torch.matmul(p.fold(prob if keep is None else prob * keep).mT, p.fold(do))
-        dp = p.unfold(torch.matmul(p.fold(do), v[:, :, keys].mT))
-        if keep is not None:
-            dp.mul_(keep)
-        if delta is None:
-            env.grad = torch.ops.aten._softmax_backward_data(dp, prob, -1, p.dtype)  # p (dp - sum p dp), in one pass
-        else:
-            env.grad = prob.mul_(dp.sub_(delta))
-        gradient = vjp(program, wanted)
-        ds, *dloads = evaluate([gradient.dscore, *(g for _, g in gradient.loads)], env)
-        for (load, _), g in zip(gradient.loads, dloads, strict=True):
-            into = dcaptures[load.attr]  # type: ignore[index]
-            assert into is not None
-            scatter(load, _tensor(g, env), into, env)
-        if isinstance(ds, torch.Tensor):  # a number is 0: the score is not read
-            ds = p.fold(ds.expand(x.shape))
-            dq += p.unfold(torch.matmul(ds, k[:, :, keys]))
-            dk[:, :, keys] += torch.matmul(ds.mT, p.fold(q))
-    return dq

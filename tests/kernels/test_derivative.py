@@ -8,7 +8,7 @@ import pytest
 import torch
 from fusion_kernels.derivative import RULES, vjp
 from fusion_kernels.evaluate import Box, Environment, evaluate, scatter
-from fusion_kernels.program import GRAD, OPS, SCORE, Capture, Node, Program, apply, const, index, load
+from fusion_kernels.program import GRAD, OPS, SCORE, Capture, Node, Program, apply, const, index, load, postorder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -58,7 +58,9 @@ def samples(op_name: str) -> torch.Tensor:
 PAIR = load(0, "float", [index("h"), index("q"), index("k")])
 
 
-@pytest.mark.parametrize("name", sorted(n for n, (arity, _) in OPS.items() if n in RULES and arity == 1 and not n.startswith("round")))
+@pytest.mark.parametrize(
+    "name", sorted(n for n, (arity, _) in OPS.items() if n in RULES and arity == 1 and not n.startswith("round"))
+)
 def test_every_rule_of_one_argument(name: str) -> None:
     compare(Program(op(name, SCORE)), samples(name), [])
     compare(Program(op("mul", op(name, op("mul", SCORE, 1.5)), SCORE)), samples(name), [])
@@ -111,16 +113,13 @@ def test_a_cast_passes_the_gradient_unrounded(name: str) -> None:
 def test_gradients_of_captures_of_every_rank() -> None:
     b, h, q, k = (index(n) for n in "bhqk")
     plans: list[list[Node]] = [
-        [], [h], [k], [q, k], [k, q], [h, q, k], [b, h, q, k], [b, const(0), const(0), k], [k, b], [op("sub", k, op("sub", q, N - 1))],
-        [h, op("add", op("mul", q, M), k)], [op("floordiv", h, 2), q], [op("mod", k, 3)],
+        [], [h], [k], [q, k], [k, q], [h, q, k], [b, h, q, k], [b, const(0), const(0), k], [k, b],
+        [op("sub", k, op("sub", q, N - 1))], [h, op("add", op("mul", q, M), k)], [op("floordiv", h, 2), q], [op("mod", k, 3)],
     ]  # fmt: skip
-    sizes = {"b": B, "h": H, "q": N, "k": M}
+    others = {"const": 1, "floordiv": 2, "mod": 3, "sub": N + M - 1, "add": N * M}
     generator = torch.Generator().manual_seed(5)
     for plan in plans:
-        shape = [
-            sizes[n.attr] if n.op == "index" else {"const": 1, "floordiv": 2, "mod": 3, "sub": N + M - 1, "add": N * M}[n.op]  # type: ignore[index]
-            for n in plan
-        ]
+        shape = [AXES[n.attr] if n.op == "index" else others[n.op] for n in plan]  # type: ignore[index]
         capture = torch.randn(shape, dtype=torch.float64, generator=generator)
         for combine in ("add", "mul"):
             root = op("tanh", op(combine, SCORE, load(0, "float", plan)))
@@ -135,15 +134,9 @@ def test_a_capture_read_twice_gets_both() -> None:
 def test_shared_subexpressions_are_shared() -> None:
     capped = op("tanh", op("mul", SCORE, 0.1))
     gradient = vjp(Program(op("mul", capped, 10.0)))
-    assert capped in set(_below(gradient.dscore))
+    assert capped in set(postorder(gradient.dscore))
     assert vjp(Program(SCORE)).dscore is GRAD
     assert vjp(Program(load(0, "float", [index("k")]), (Capture("float", 1),))).dscore is const(0.0)
-
-
-def _below(root: Node) -> list[Node]:
-    from fusion_kernels.program import postorder
-
-    return list(postorder(root))
 
 
 def test_a_gradient_is_only_asked_of_float_captures() -> None:
@@ -177,5 +170,5 @@ def expressions(draw: st.DrawFn) -> Node:
 @given(expressions())
 def test_composed_programs(root: Node) -> None:
     generator = torch.Generator().manual_seed(6)
-    captures = [torch.randn(H, N, M, dtype=torch.float64, generator=generator), torch.randn(M, dtype=torch.float64, generator=generator)]
-    compare(Program(root, (Capture("float", 3), Capture("float", 1))), samples("tanh"), captures)
+    pair, keys = (torch.randn(s, dtype=torch.float64, generator=generator) for s in ((H, N, M), (M,)))
+    compare(Program(root, (Capture("float", 3), Capture("float", 1))), samples("tanh"), [pair, keys])

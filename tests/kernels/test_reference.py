@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from fusion_kernels import reference
+from fusion_kernels import reference, tiled
 from fusion_kernels.program import SCORE, Capture, Node, Program, apply, const, index, load, param
 
 B_, H_, Q, K = (index(n) for n in "bhqk")
@@ -111,8 +111,8 @@ class Case:
         backward(self.do, *arguments, self.needs, *grads, sums)
         return [out, *grads, *(s for s in sums if s is not None), lse]
 
-    def tiled(self) -> list[torch.Tensor]:
-        return self.run(reference.tiled_forward, reference.tiled_backward)
+    def tiles(self) -> list[torch.Tensor]:
+        return self.run(tiled.tiled_forward, tiled.tiled_backward)
 
     def dense(self) -> list[torch.Tensor]:
         def forward(*a: object) -> None:
@@ -131,9 +131,9 @@ def same(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> Non
 @pytest.fixture(params=["one tile", "small tiles"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "small tiles":
-        monkeypatch.setattr(reference, "TILE", 32 * 48)
-        monkeypatch.setattr(reference, "ROWS", 32)
-        monkeypatch.setattr(reference, "KEYS", 48)
+        monkeypatch.setattr(tiled, "TILE", 32 * 48)
+        monkeypatch.setattr(tiled, "ROWS", 32)
+        monkeypatch.setattr(tiled, "KEYS", 48)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -143,7 +143,7 @@ def test_tiled_is_dense_is_autograd(name: str, n: int, m: int, tiles: None) -> N
         case = Case(name, n, m, kv_heads)
         expected = case.autograd()
         same(case.dense(), expected)
-        same(case.tiled(), expected)
+        same(case.tiles(), expected)
 
 
 def test_dense_is_attention_written_by_hand() -> None:
@@ -161,10 +161,10 @@ def test_dropout_is_the_same_whatever_the_tiles(name: str, p: float, tiles: None
     case.dropout_p, case.seed = p, torch.tensor(987654321012)
     expected = case.autograd()
     same(case.dense(), expected)
-    same(case.tiled(), expected)
+    same(case.tiles(), expected)
     other = Case(name, 63, 129, kv_heads=2)
     other.dropout_p, other.seed = p, torch.tensor(5)
-    assert p == 1.0 or not torch.equal(other.tiled()[0], expected[0])
+    assert p == 1.0 or not torch.equal(other.tiles()[0], expected[0])
 
 
 def test_dropout_keeps_the_mean() -> None:
@@ -172,7 +172,7 @@ def test_dropout_keeps_the_mean() -> None:
     v = torch.ones(4, 4, 128, 4)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3])
     arguments = (q, torch.zeros_like(v), v, [], [], Program(SCORE), 0.25, torch.tensor(3), out, lse)
-    reference.tiled_forward(*arguments)
+    tiled.tiled_forward(*arguments)
     rows = out[..., 0]  # each the mean of 128 kept or dropped values, worth 4 / 3 or 0: variance p / (1 - p) / 128
     deviation = (0.25 / 0.75 / 128) ** 0.5
     assert abs(rows.mean().item() - 1) < 5 * deviation / rows.numel() ** 0.5
@@ -190,7 +190,7 @@ def test_rows_without_a_key(fill: float, style: str, tiles: None) -> None:
         case.program = Program(op("where", CAUSAL, root, fill) if causal else root, (Capture("bool", 2),))
         case.captures = [torch.arange(129).expand(2, 129) >= torch.tensor([[129], [20]])]
         expected = case.autograd()
-        same(case.tiled(), expected)
+        same(case.tiles(), expected)
         if fill == -math.inf:
             assert bool(expected[0][0].isnan().all())
         elif style == "where":
@@ -205,7 +205,7 @@ def test_as_close_to_float64_as_eager(name: str, dtype: torch.dtype, tiles: None
     for field in ("q", "k", "v", "do"):
         setattr(wide, field, getattr(wide, field).double())
     wide.captures = [c.double() if c.is_floating_point() else c for c in wide.captures]
-    exact, eager, found = wide.autograd()[:-1], case.autograd()[:-1], case.tiled()[:-1]
+    exact, eager, found = wide.autograd()[:-1], case.autograd()[:-1], case.tiles()[:-1]
     unit = torch.finfo(dtype).eps
     for x, e, f in zip(exact, eager, found, strict=True):
         ours, theirs = ((t.double() - x).abs().max().item() for t in (f, e))
@@ -218,10 +218,10 @@ def test_strided_and_expanded_inputs(tiles: None) -> None:
     expected = case.autograd()
     packed = torch.stack([t.transpose(1, 2) for t in (case.q, case.k, case.v)], 2)  # (B, N, 3, H, D)
     case.q, case.k, case.v = (t.transpose(1, 2) for t in packed.unbind(2))
-    same(case.tiled(), expected)
+    same(case.tiles(), expected)
     case.do = torch.ones((), dtype=torch.float64).expand(case.do.shape)
     case.k = case.k[:, :1].expand(-1, 4, -1, -1)
-    same(case.tiled(), case.autograd())
+    same(case.tiles(), case.autograd())
 
 
 def test_a_nan_or_inf_score_is_what_it_is_in_eager(tiles: None) -> None:
@@ -229,7 +229,7 @@ def test_a_nan_or_inf_score_is_what_it_is_in_eager(tiles: None) -> None:
         for name in ("plain", "causal", "padding, lowest"):
             case = Case(name, 63, 129)
             case.q[0, 1, 5, 0] = value
-            expected, found = case.autograd()[:-1], case.tiled()[:-1]
+            expected, found = case.autograd()[:-1], case.tiles()[:-1]
             for f, e in zip(found, expected, strict=True):
                 torch.testing.assert_close(f.isnan(), e.isnan())
                 torch.testing.assert_close(f.nan_to_num(), e.nan_to_num(), rtol=1e-9, atol=1e-11)
@@ -241,13 +241,13 @@ def test_nothing_to_do(batch: int, heads: int, n: int, m: int) -> None:
     case.q, case.do = torch.randn(batch, heads, n, 16, dtype=torch.float64), torch.randn(batch, heads, n, 8, dtype=torch.float64)
     case.k, case.v = torch.randn(batch, heads, m, 16, dtype=torch.float64), torch.randn(batch, heads, m, 8, dtype=torch.float64)
     expected = case.autograd()
-    same(case.tiled(), expected)
+    same(case.tiles(), expected)
 
 
 def test_memory_is_linear_in_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest tensor made on the way stays the same when the sequence is four times as long, but for the outputs."""
-    monkeypatch.setattr(reference, "TILE", 2**12)
-    monkeypatch.setattr(reference, "KEYS", 2**7)
+    monkeypatch.setattr(tiled, "TILE", 2**12)
+    monkeypatch.setattr(tiled, "KEYS", 2**7)
 
     def largest(n: int) -> int:
         from torch.utils._python_dispatch import TorchDispatchMode
@@ -265,7 +265,7 @@ def test_memory_is_linear_in_the_length(monkeypatch: pytest.MonkeyPatch) -> None
         case = Case("causal", n, n, d=4, dv=4)
         inputs = case.q.numel()
         with Watch():
-            case.tiled()
+            case.tiles()
         return max(0, Watch.seen - inputs)
 
     assert largest(512) <= largest(128) + 2**12

@@ -1,0 +1,150 @@
+"""When is an element of the score dead, whatever its tensors hold? Read from the expression alone.
+
+Each structural predicate (a comparison of indices, sizes and parameters; no tensor) is replaced by True and by False. Where the
+result folds to a mask constant, the predicate decides. Conjunctions, disjunctions, nested ``where``, added and multiplied
+masks, ``minimum`` of masks are all the same case.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .program import Node, apply, const, postorder, rebuild
+
+__all__ = ["Split", "split"]
+
+MASK = -1000.0  # a constant at or below this, chosen in place of a score, is a mask
+ABSORBING = -1e30  # a constant at or below this absorbs any score that it is added to
+TRUE, FALSE = const(True), const(False)
+
+
+@dataclass(frozen=True)
+class Split:
+    dead: Node  # bool: the element contributes nothing
+    fill: float  # the largest score that such an element can have
+    live: Node  # the result where not dead
+
+
+def _structural(node: Node) -> bool:
+    return not any(leaf.op in ("score", "load", "grad") for leaf in node.leaves)
+
+
+def _predicates(root: Node) -> list[Node]:
+    """The largest structural bool expressions below `root` that read q or k, outermost first, without their negations."""
+    found: dict[Node, None] = {}
+    stack, seen = [root], {root}
+    while stack:
+        node = stack.pop()
+        if node.kind == "bool" and node.op not in ("not", "const", "load") and _structural(node) and node.depends_on("q", "k"):
+            found[node] = None
+            continue
+        for a in node.args:
+            if a not in seen:
+                seen.add(a)
+                stack.append(a)
+    return list(found)
+
+
+def _mask_value(root: Node) -> float | None:
+    """An upper bound of `root` if it makes a mask of it, whatever score and tensors hold (barring NaN, +inf); else None."""
+    bounds: dict[Node, float | None] = {}
+    for node in postorder(root):
+        bounds[node] = _upper(node, [bounds[a] for a in node.args])
+    bound = bounds[root]
+    return bound if bound is not None and bound <= MASK else None
+
+
+def _upper(node: Node, args: list[float | None]) -> float | None:
+    """A number that `node` does not exceed, given such numbers for its arguments; None: none is known."""
+    if node.op == "const" and node.kind == "float":
+        return None if math.isnan(node.attr) else node.attr  # type: ignore[arg-type, return-value]
+    if node.op in ("tanh", "sigmoid", "sin", "cos", "erf"):
+        return 1.0
+    known = [a for a in args if a is not None]
+    if node.op == "minimum":
+        return min(known, default=None)
+    if node.op == "add" and len(known) == 1:
+        return known[0] if known[0] <= ABSORBING else None
+    if node.op == "sub" and args[0] is not None:
+        exact = node.args[1].op == "const" and args[1] is not None
+        return args[0] - args[1] if exact else args[0] if args[0] <= ABSORBING else None  # type: ignore[operator]
+    if node.op in ("mul", "div"):
+        return _scaled(node, args)
+    if node.op == "where":
+        args = args[1:]
+    if not known or None in args:
+        return None
+    if node.op == "add":
+        return sum(known)
+    if node.op in ("maximum", "where"):
+        return max(known[-2:])
+    if node.op in ("round_float16", "round_bfloat16"):  # rounding to 16 bits moves a value by at most 2^-8 of it
+        return known[0] * (1 - math.copysign(2**-8, -known[0]))
+    return None
+
+
+def _finite(node: Node) -> bool:
+    """Whether 0 times `node` is 0: it reads only the score and moderate constants, through operations without poles."""
+    if node.op == "const":
+        return abs(float(node.attr)) < -ABSORBING  # type: ignore[arg-type]
+    kept = node.op in ("score", "add", "sub", "mul", "neg", "tanh", "sigmoid", "where", "maximum", "minimum")
+    return kept and all(_finite(a) for a in node.args if a.kind == "float")
+
+
+def _scaled(node: Node, args: list[float | None]) -> float | None:
+    for value, factor in ((args[0], node.args[1]), *([(args[1], node.args[0])] if node.op == "mul" else [])):
+        if factor.op != "const":
+            continue
+        c = float(factor.attr)  # type: ignore[arg-type]
+        if c == 0 and node.op == "mul" and _finite(node):
+            return 0.0
+        if value is not None and 0 < c < math.inf:
+            return value * c if node.op == "mul" else value / c
+    return None
+
+
+def _assume(root: Node, facts: Mapping[Node, Node]) -> Node:
+    return rebuild(root, lambda node, args: facts.get(node)) if facts else root
+
+
+def _not(node: Node) -> Node:
+    return apply("not", node)
+
+
+@lru_cache(maxsize=1024)
+def split(root: Node) -> Split | None:
+    """`root` as "dead here, `live` elsewhere"; None if no structural predicate decides."""
+    dead, worst, live = FALSE, -math.inf, root
+    undecided = []
+    for p in _predicates(root):  # each alone: conjunctions
+        fills = {v: _mask_value(_assume(root, {p: v})) for v in (TRUE, FALSE)}
+        kills = [v for v in (TRUE, FALSE) if fills[v] is not None]
+        if len(kills) == 2:
+            return None  # dead everywhere: nothing to tell apart
+        if not kills:
+            undecided.append(p)
+            continue
+        dead = apply("or", dead, p if kills[0] is TRUE else _not(p))
+        worst = max(worst, fills[kills[0]])  # type: ignore[type-var]
+        live = _assume(live, {p: _not(kills[0])})
+    undecided = [p for p in undecided if p in set(postorder(live))]
+    if 2 <= len(undecided) <= 4:  # together: disjunctions spread over several nodes
+        alive = set()
+        for values in itertools.product((TRUE, FALSE), repeat=len(undecided)):
+            facts = dict(zip(undecided, values, strict=True))
+            outcome = _assume(live, facts)
+            value = _mask_value(outcome)
+            if value is None:
+                alive.add(outcome)
+                continue
+            term = TRUE
+            for p, v in facts.items():
+                term = apply("and", term, p if v is TRUE else _not(p))
+            dead, worst = apply("or", dead, term), max(worst, value)
+        if len(alive) == 1:
+            live = alive.pop()
+    return None if dead is FALSE else Split(dead, worst, live)
