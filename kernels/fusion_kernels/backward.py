@@ -34,7 +34,7 @@ __all__ = ["attention_backward"]
 @triton.jit(do_not_specialize=["H", "N", "floor"])
 def _delta(
     do, out, lse, delta, flags, do_strides, out_strides, H, N, floor,
-    FLAG: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    FLAG: tl.constexpr, ALIGN: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """delta[b, h, q] = sum_d do out; flags[b, h] = 1 if a row's log-sum-exp is not above `floor` (its masked keys count)."""
     q_tiles = tl.cdiv(N, BLOCK)
@@ -43,10 +43,10 @@ def _delta(
     start = pid % q_tiles * BLOCK
     b = tl.cast(bh // H, tl.int64)
     h = tl.cast(bh % H, tl.int64)
-    do += b * do_strides[0] + h * do_strides[1]
-    out += b * out_strides[0] + h * out_strides[1]
-    g = load_rows(do, start, N, do_strides[2], do_strides[3], 0, WIDTH, DV, BLOCK, True).to(tl.float32)  # (BLOCK, WIDTH)
-    o = load_rows(out, start, N, out_strides[2], out_strides[3], 0, WIDTH, DV, BLOCK, True).to(tl.float32)
+    do += b * (do_strides[0] * ALIGN) + h * (do_strides[1] * ALIGN)
+    out += b * (out_strides[0] * ALIGN) + h * (out_strides[1] * ALIGN)
+    g = load_rows(do, start, N, do_strides[2] * ALIGN, do_strides[3], 0, WIDTH, DV, BLOCK, True).to(tl.float32)  # (BLOCK, WIDTH)
+    o = load_rows(out, start, N, out_strides[2] * ALIGN, out_strides[3], 0, WIDTH, DV, BLOCK, True).to(tl.float32)
     rows = start + tl.arange(0, BLOCK)
     row = tl.cast(bh, tl.int64) * N + rows
     tl.store(delta + row, tl.sum(g * o, 1), mask=rows < N)
@@ -441,9 +441,10 @@ def attention_backward(
     floor = max((plan.floor + 24) * 1.4426950408889634, -3.4e38)  # base 2; 24 > log(M): no longer sequence is taken
     flag = plan.kv_bounds is not None or plan.q_bounds is not None
     rows = 64
+    align, (gs, os) = strides(do, out)
     _delta[(triton.cdiv(N, rows) * B * H,)](
-        do, out, lse, delta, flags, do.stride(), out.stride(), H, N, floor,
-        flag, DV, triton.next_power_of_2(DV), rows, num_warps=4,
+        do, out, lse, delta, flags, gs, os, H, N, floor,
+        flag, align, DV, triton.next_power_of_2(DV), rows, num_warps=4,
     )  # fmt: skip
 
     aux = codegen.aux_arguments(program, captures, params)

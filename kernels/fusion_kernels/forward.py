@@ -89,6 +89,7 @@ def _forward(
     q_strides = (q_strides[0] * ALIGN, q_strides[1] * ALIGN, q_strides[2] * ALIGN, q_strides[3])
     k_strides = (k_strides[0] * ALIGN, k_strides[1] * ALIGN, k_strides[2] * ALIGN, k_strides[3])
     v_strides = (v_strides[0] * ALIGN, v_strides[1] * ALIGN, v_strides[2] * ALIGN, v_strides[3])
+    out_strides = (out_strides[0] * ALIGN, out_strides[1] * ALIGN, out_strides[2] * ALIGN, out_strides[3])
     sizes = (B, H, N, M)
     q_tiles = tl.cdiv(N, BLOCK_M)
     pid = tl.program_id(0)
@@ -278,11 +279,11 @@ def attention_forward(
     full = plan.full if plan.kv_bounds is not None else plan.masked
     (D0, D1), (V0, V1) = split(D), split(DV)
     tile = tile or configs.forward(N, M, D, DV, q.dtype, program)
-    align, (qs, ks, vs) = strides(q, k, v)
+    align, (qs, ks, vs, os) = strides(q, k, v, out)
     tma = tile.tma and D1 == 0 and V1 == 0 and describable(k, v)
     _forward[(triton.cdiv(N, tile.block_m) * B * H,)](
         q, describe(k, tile.block_n, D0) if tma else k, describe(v, tile.block_n, V0) if tma else v, out, lse, seed if dropout_p > 0 else None, codegen.aux_arguments(program, captures, params),
-        qs, ks, vs, out.stride(), B, H, N, M, H // k.shape[1], threshold(dropout_p), keep_scale(dropout_p), plan.floor,
+        qs, ks, vs, os, B, H, N, M, H // k.shape[1], threshold(dropout_p), keep_scale(dropout_p), plan.floor,
         plan.kv_bounds, plan.masked.score, plan.masked.factor, plan.masked.wide,
         full.score, full.factor, full.wide,
         plan.revisit, dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align,

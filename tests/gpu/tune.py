@@ -1,6 +1,7 @@
 """Times tile shapes of the Triton kernels, beside FlexAttention and cuDNN, on the GPU at hand.
 
     python tests/gpu/tune.py tiles  [--only SUBSTRING]   every tile shape of the sweep, forward and backward
+    python tests/gpu/tune.py fp32                        exact fp32 products two ways; what a launch costs the host
     python tests/gpu/tune.py peers                       the chosen tiles beside torch's kernels
 
 Kernels are compiled first, in parallel processes, into Triton's cache; then timed one by one (medians of do_bench).
@@ -13,7 +14,6 @@ import argparse
 import functools
 import itertools
 import multiprocessing
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -282,11 +282,44 @@ def peers(only: str, limit: float) -> None:
         torch._dynamo.reset()
 
 
+def fp32() -> None:
+    """What exact fp32 products cost and lose, and what one launch costs the host."""
+    for d, mode in itertools.product((64, 128), ("ieee", "tf32x3")):
+        configs.EXACT_FP32 = mode
+        run = Run(2, 8, 1024, d, "causal", torch.float32)
+        run.forward()
+        run.backward()
+        x = [t.detach().double().requires_grad_() for t in (run.q, run.k, run.v)]
+        y = [t.detach().requires_grad_() for t in (run.q, run.k, run.v)]
+        mask = torch.ones(1024, 1024, dtype=torch.bool, device="cuda").tril()
+        results = []
+        for q, k, v in (x, y):
+            out = ((q @ k.transpose(-1, -2)) * d**-0.5).masked_fill(~mask, float("-inf")).softmax(-1) @ v
+            results.append([out, *torch.autograd.grad(out, (q, k, v), run.do.to(q.dtype))])
+        exact, eager = results
+        norm = lambda a, b: f"{((a.double() - b).norm() / b.norm()).item():.1e}"
+        ours = [norm(a, b) for a, b in zip((run.out, run.dq, run.dk, run.dv), exact, strict=True)]
+        theirs = [norm(a, b) for a, b in zip(eager, exact, strict=True)]
+        times = f"forward {bench(run.forward):.3f} ms backward {bench(run.backward):.3f} ms"
+        print(f"fp32 D{d} {mode}: ours {' '.join(ours)} eager {' '.join(theirs)} {times}", flush=True)
+    run = Run(1, 1, 64, 64, "causal")
+    for name, call in (("forward", run.forward), ("backward", run.backward)):
+        call()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(200):
+            call()
+        print(f"host: {name} {(time.perf_counter() - started) * 5e3:.0f} us a call", flush=True)
+        torch.cuda.synchronize()
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["tiles", "peers"])
+    parser.add_argument("what", choices=["tiles", "peers", "fp32"])
     parser.add_argument("--only", default="")
     parser.add_argument("--limit", type=float, default=240.0)
     options = parser.parse_args()
-    (sweep if options.what == "tiles" else peers)(options.only, options.limit)
-    sys.exit(0)
+    if options.what == "fp32":
+        fp32()
+    else:
+        (sweep if options.what == "tiles" else peers)(options.only, options.limit)
