@@ -58,11 +58,20 @@ def symbols_of(node: Node) -> set[sympy.Symbol]:
 REDUCTIONS = frozenset({"softmax", "log_softmax", "sum", "amax", "logsumexp"})
 
 
+DETACHING = frozenset({"detach.default"})
+
+
+def _made_of_nothing(record: Record) -> bool:
+    """arange, full and their like: no gradient to stop."""
+    return not any(True for _ in record.inputs())
+
+
 class Describer:
     """Element expressions over one tape. One instance a site, so that its axes stay its own."""
 
-    def __init__(self, shadow: Shadow, axes: Axes) -> None:
+    def __init__(self, shadow: Shadow, axes: Axes, grad: bool = True) -> None:
         self.shadow, self.axes = shadow, axes
+        self.grad = grad  # the grad mode of the site
         self.memo: dict[tuple[int, tuple[sympy.Expr, ...]], Node] = {}
         self.held: dict[Node, list[tuple[Value, tuple[sympy.Expr, ...]]]] = {}  # node -> tensors that hold its value
         self.bound: dict[int, sympy.Symbol] = {}  # record seq -> its reduced axis
@@ -90,16 +99,30 @@ class Describer:
         self.held.setdefault(node, []).append((value, tuple(index)))
         return node
 
+    def cut(self, value: Value) -> bool:
+        """Whether gradients stop at `value`: detached, or made in another grad mode. Nothing below it may be read instead."""
+        record = value.record
+        if record is None or not self.grad or not value.dtype.is_floating_point:
+            return False
+        return record.op in DETACHING or not record.grad
+
+    def step(self, value: Value, index: Index) -> tuple[Value, list[sympy.Expr]] | None:
+        """One view down, where gradients flow through it."""
+        return None if self.cut(value) else source_index(self.axes, value, index)
+
     def leaf(self, value: Value, index: Index) -> Node:
         kind = "bool" if value.dtype == torch.bool else "float" if value.dtype.is_floating_point else "int"
         return Node.make("value", attr=(value.id, tuple(index)), kind=kind)
 
     def _element(self, value: Value, index: tuple[sympy.Expr, ...]) -> Node:
-        step = source_index(self.axes, value, index)
+        constant = getattr(value.tensor, "constant", None)
+        if constant is not None and constant.numel() == 1:
+            return pointwise.scalar(constant.item())  # torch.tensor(0.125) in the graph
+        step = self.step(value, index)
         if step is not None:
             return self.element(*step)
         record = value.record
-        if record is None or value.dtype.is_complex:
+        if record is None or value.dtype.is_complex or (self.cut(value) and not _made_of_nothing(record)):
             return self.leaf(value, index)
         if record.op in PRODUCTS:
             return self.product(record, index)

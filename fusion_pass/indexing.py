@@ -151,6 +151,16 @@ class Axes:
             self.radices.append((inner, unit * n))
         return Mod(r, n)
 
+    def rejoined(self, expr: sympy.Expr) -> sympy.Expr:
+        """``n * (x // n) + x % n = x``, for an index that was split and is merged again."""
+        expr = sympy.expand(expr)
+        for part in expr.atoms(Mod):
+            x, n = part.args
+            scale = expr.coeff(part)
+            if scale != 0 and same(expr.coeff(Div(x, n)), scale * n):
+                expr = sympy.expand(expr - scale * (part + n * Div(x, n)) + scale * x)
+        return expr
+
     def rewrite(self, expr: sympy.Expr, replace: dict[sympy.Symbol, sympy.Expr]) -> sympy.Expr:
         """`expr` with axes replaced, `//` and `%` simplified again."""
         if not expr.args:
@@ -188,7 +198,7 @@ def merge_index(axes: Axes, out_shape: Sequence[Any], in_shape: Sequence[Any], i
         for size, position in reversed(group_out):
             linear += position * stride
             stride *= size
-        linear, stride = sympy.expand(linear), sympy.S.One
+        linear, stride = axes.rejoined(linear), sympy.S.One
         for count, (size, j) in enumerate(reversed(group_in)):
             position = axes.div(linear, stride)
             result[j] = position if count == len(group_in) - 1 else axes.mod(position, size)

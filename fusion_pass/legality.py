@@ -43,14 +43,20 @@ def check(shadow: Shadow, match: Match, scores: Scores, *, device: torch.device)
     if q.dtype != k.dtype:
         raise Refused(Reason.DTYPE, f"queries of {q.dtype} and keys of {k.dtype}", "one dtype")
     for name, size in (("queries and keys", q.shape[3]), ("values", v.shape[3])):
-        known = size.is_Integer
-        if not known or int(size) > MAX_HEAD_DIM:
-            raise Refused(Reason.HEAD_DIM, f"head dim {size} of the {name}" + ("" if known else ", not known when compiling"),
-                          f"a head dim of at most {MAX_HEAD_DIM}")  # fmt: skip
+        if not _at_most(size, MAX_HEAD_DIM, shadow):
+            raise Refused(Reason.HEAD_DIM, f"head dim {size} of the {name}", f"a head dim of at most {MAX_HEAD_DIM}")
     for capture in scores.captures:
         if capture.tensor.device != device and capture.tensor.ndim:
             raise Refused(Reason.DEVICE, f"a mask or bias on {capture.tensor.device}, queries on {device}", "one device")
     _check_writes(shadow, match, scores)
+
+
+def _at_most(size: sympy.Expr, limit: int, shadow: Shadow) -> bool:
+    """For a symbolic size the answer for the size at hand, with a guard."""
+    if size.is_Integer:
+        return int(size) <= limit
+    shape_env = shadow.values[0].tensor.fake_mode.shape_env  # pyright: ignore[reportAttributeAccessIssue]
+    return bool(shape_env.evaluate_expr(sympy.Le(size, limit)))
 
 
 def _check_writes(shadow: Shadow, match: Match, scores: Scores) -> None:
@@ -62,7 +68,7 @@ def _check_writes(shadow: Shadow, match: Match, scores: Scores) -> None:
             raise Refused(Reason.MUTATION, f"{tuple(value.shape)} tensor is written in place between its use and the end of the attention",
                           "no write to an input of the attention before its end")  # fmt: skip
     for value in match.walked:
-        if value.record is None and value.overwritten:
+        if value.before is not None:
             raise Refused(Reason.MUTATION, f"a {tuple(value.shape)} tensor of the attention is written through a view of it",
                           "in-place operations on the tensor itself")  # fmt: skip
 

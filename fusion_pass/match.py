@@ -70,10 +70,7 @@ class Match:
 
 def find_anchors(shadow: Shadow) -> list[Anchor]:
     """Every softmax whose result, at its full size, reaches a product."""
-    users: dict[Value, list[Record]] = {}
-    for record in shadow.records:
-        for value in record.inputs():
-            users.setdefault(value, []).append(record)
+    users = _users(shadow)
     anchors = []
     for record in shadow.records:
         if not _is_softmax(record):
@@ -84,6 +81,18 @@ def find_anchors(shadow: Shadow) -> list[Anchor]:
             anchors.append(Anchor(record, *found))
     taken: set[tuple[int, int]] = set()
     return [a for a in anchors if (a.product.seq, a.side) not in taken and not taken.add((a.product.seq, a.side))]
+
+
+def _users(shadow: Shadow) -> dict[Value, list[Record | Value]]:
+    """Who reads a value; a write through an alias makes the new value a reader of the old one."""
+    users: dict[Value, list[Record | Value]] = {}
+    for record in shadow.records:
+        for value in record.inputs():
+            users.setdefault(value, []).append(record)
+    for value in shadow.values:
+        if value.before is not None:
+            users.setdefault(value.before, []).append(value)
+    return users
 
 
 def _is_softmax(record: Record) -> bool:
@@ -97,13 +106,17 @@ def _is_softmax(record: Record) -> bool:
     return source is not None and source.op == "exp.default"
 
 
-def _reach(users: dict[Value, list[Record]], start: Value) -> tuple[Record, int] | None:
+def _reach(users: dict[Value, list[Record | Value]], start: Value) -> tuple[Record, int] | None:
     """The first product that reads a value of the size of `start` made from it."""
     size = sympy.expand(sympy.Mul(*map(expr_of, start.shape)))
     todo, seen = [start], {start}
     while todo and len(seen) < MAX_REACH:
         value = todo.pop(0)
         for record in users.get(value, ()):
+            if isinstance(record, Value):
+                todo.append(record)
+                seen.add(record)
+                continue
             if record.op in PRODUCTS:
                 first = PRODUCTS[record.op]
                 if value in record.args[first : first + 2]:
@@ -135,8 +148,7 @@ class _Matcher:
     def __init__(self, shadow: Shadow, anchor: Anchor, splits: dict[str, list[sympy.Expr]]) -> None:
         self.shadow, self.anchor, self.splits = shadow, anchor, splits
         self.axes = Axes()
-        self.d = Describer(shadow, self.axes)
-        self.batch_parts: list[list[sympy.Symbol]] = []
+        self.d = Describer(shadow, self.axes, anchor.product.grad)
 
     def run(self) -> Match | dict[str, list[sympy.Expr]]:
         product, side = self.anchor.product, self.anchor.side
@@ -152,15 +164,16 @@ class _Matcher:
         *batch_index, row, column = index
         if side == 1:
             row, column = column, row
-        rows, columns = product.outputs[0].shape[-2 + side], product.outputs[0].shape[-1 - side]
+        columns = product.outputs[0].shape[-1 - side]
         self.batch = self._merged(batch_index[0] if batch_index else sympy.S.Zero)
-        query_parts, dim_parts = self._merged(row), self._merged(column)
-        self.query = self.axes.new("q", expr_of(rows))
+        self.query, more = self._query(self._merged(row))
+        self.batch += more
+        dim_parts = self._merged(column)
         self.dim = self.axes.new("e", expr_of(columns))
         key = self.axes.new("r", expr_of(product.args[side].shape[-1 - side]))
         lead = tuple(batch_index)
         probabilities, values = product.args[side], product.args[1 - side]
-        at = (*lead, self.query, key) if side == 0 else (*lead, key, self.query)
+        at = (*lead, row, key) if side == 0 else (*lead, key, row)
         node, dropout_p = self._probabilities(self.d.element(probabilities, at), key)
         self.key = node.attr[0]  # pyright: ignore
         body = node.args[0]
@@ -176,7 +189,7 @@ class _Matcher:
         q = self._factor("queries", q_chain, (batch, heads, [self.query], [inner]))
         k = self._factor("keys", k_chain, (batch, kv_heads, [self.key], [inner]))
         v = self._factor("values", v_chain, (batch, kv_heads, [key], [self.dim]))
-        out_steps = self._out_steps(output, places, batch, heads, query_parts, dim_parts)
+        out_steps = self._out_steps(output, places, batch, heads, dim_parts)
         walked = self.d.seen | set(chain) | {output, product.outputs[0]}
         for chain_ in (q_chain, k_chain, v_chain):
             walked |= {link[0] for link in chain_}
@@ -218,6 +231,17 @@ class _Matcher:
                 new[name] = chain
         return {**self.splits, **new} if new else None
 
+    def _query(self, parts: list[sympy.Symbol]) -> tuple[sympy.Symbol, list[sympy.Symbol]]:
+        """The query axis among the axes that the rows merge; the others (a kv head's group, folded into rows) are heads.
+
+        Any choice is right; the longest axis, and of equals the innermost, leaves the kernel the most to tile.
+        """
+        if not parts:
+            return self.axes.new("q", sympy.S.One), []
+        sizes = [self.axes.sizes[a] for a in parts]
+        best = max(range(len(parts)), key=lambda i: (not sizes[i].is_Integer, int(sizes[i]) if sizes[i].is_Integer else 0, i))
+        return parts[best], [a for i, a in enumerate(parts) if i != best]
+
     def _merged(self, expr: sympy.Expr) -> list[sympy.Symbol]:
         """The axes that a dim of the product merges, outermost first."""
         linear = linear_terms(self.axes, expr)
@@ -252,13 +276,15 @@ class _Matcher:
             return product.outputs[0], []
         return value, chain
 
-    def _out_steps(self, output: Value, places: list, batch: list, heads: list, query: list, dim: list) -> list[Step]:
+    def _out_steps(self, output: Value, places: list, batch: list, heads: list, dim: list) -> list[Step]:
         """From the op's (B, H, N, Dv) to the output: split into axes, permute, merge."""
-        have = [*batch, *heads, *query, *dim]
+        have = [*batch, *heads, self.query, *dim]
         wanted = [axis for _, parts in places for axis in parts]
+        if self.query not in wanted:  # one query: no dim of the output reads it
+            wanted, places = [self.query, *wanted], [(sympy.S.Zero, []), *places]
         sizes = [self.axes.sizes[a] for a in have]
         steps: list[Step] = []
-        if len(batch) != 1 or len(heads) != 1 or len(query) != 1 or len(dim) != 1:
+        if len(batch) != 1 or len(heads) != 1 or len(dim) != 1:
             steps.append(("reshape", sizes))
         ones = [a for a in wanted if a not in have]  # dims of size one are read by no index
         if any(self.axes.sizes[a] != 1 for a in ones) or len(set(have)) != len(have):
@@ -275,17 +301,27 @@ class _Matcher:
     def _probabilities(self, node: Node, key: sympy.Symbol) -> tuple[Node, float]:
         """Down to the softmax, through casts and one dropout."""
         dropout_p = 0.0
+        operand = self.anchor.product.args[self.anchor.side]
+        if operand.before is not None:
+            raise Refused(Reason.MUTATION, "the probabilities are written through a view of them", "out-of-place operations")
         while True:
             if node.op == "dropout" and dropout_p == 0.0:
                 dropout_p, node = node.attr[0], node.args[0]  # pyright: ignore
+                continue
+            if node.op == "narrowed" and node.attr == operand.dtype:
+                node = node.args[0]
                 continue
             found = as_softmax(self.d, node, key)
             if found is None:
                 break
             position = found.attr[1]  # pyright: ignore
             if position != key and not (position == 0 and self.axes.sizes[key] == 1):
+                if _reach(_users(self.shadow), self.anchor.product.outputs[0]) is not None:
+                    raise Refused(Reason.PROBABILITIES_EDITED, "a product mixes them over another dim first", "softmax, then the values")
                 raise Refused(Reason.SOFTMAX_DIM, f"softmax over the dim at {position}", "softmax over the dim that is summed with the values")
             return found, dropout_p
+        if any(self.shadow.values[n.attr[0]].before is not None for n in postorder(node) if n.op == "value"):  # pyright: ignore
+            raise Refused(Reason.MUTATION, "the probabilities are written through a view of them", "out-of-place operations")
         inside = [n for n in postorder(node) if n.op in ("softmax", "sum", "log_softmax")]
         if inside:
             raise Refused(Reason.PROBABILITIES_EDITED, f"{node.op} after the softmax", "at most casts and one dropout between softmax and values")
@@ -309,6 +345,8 @@ class _Matcher:
             if self.key in a and self.query in a or self.key in b and self.query in b:
                 continue
             found.append(node)
+        if not found and any(self.shadow.values[n.attr[0]].before is not None for n in postorder(body) if n.op == "value"):  # pyright: ignore
+            raise Refused(Reason.MUTATION, "the scores are written through a view of them", "in-place operations on the whole tensor")
         if not found:
             raise Refused(Reason.NO_SCORES, "the softmax is not over a product of two tensors", "q @ k^T under the softmax")
         return found[0]
@@ -327,10 +365,10 @@ class _Matcher:
         """Every value on the way down through views and casts, the factor itself first."""
         links: list[tuple[Value, Sequence[sympy.Expr]]] = [(value, index)]
         while True:
-            step = source_index(self.axes, *links[-1])
+            step = self.d.step(*links[-1])
             if step is None:
                 record = links[-1][0].record
-                if record is None or record.mutates or record.op != "_to_copy.default" or not record.args[0].dtype.is_floating_point:
+                if record is None or self.d.cut(links[-1][0]) or record.mutates or record.op != "_to_copy.default" or not record.args[0].dtype.is_floating_point:
                     return links
                 step = (record.args[0], links[-1][1])
             links.append(step)

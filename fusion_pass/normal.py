@@ -23,6 +23,8 @@ def as_softmax(d: Describer, node: Node, position: sympy.Symbol) -> Node | None:
 
     position: the axis along which the probabilities are read.
     """
+    if node.op == "narrowed":
+        return None
     if node.op == "softmax":
         return node
     if node.op == "exp" and node.args[0].op == "log_softmax":

@@ -63,7 +63,8 @@ def _bodies(gm: torch.fx.GraphModule) -> Iterator[torch.fx.GraphModule]:
 def _run_graph(gm: torch.fx.GraphModule, when: str, graph: int, first: int) -> list[Site]:
     if not any(_SOFTMAX.search(str(n.target)) for n in gm.graph.nodes if n.op.startswith("call")):
         return []
-    backup, closed = None, frozenset()
+    backup: torch.fx.Graph | None = None
+    closed: dict[str, Verdict] = {}  # composite calls that hold no fusable site, with the verdict
     while True:
         try:
             sites, opened, refused = _Run(gm, when, graph, first, closed).run(may_open=backup is None)
@@ -79,7 +80,7 @@ def _run_graph(gm: torch.fx.GraphModule, when: str, graph: int, first: int) -> l
         if backup is not None and refused:  # what was opened for nothing is closed again
             gm.graph = backup
             gm.recompile()
-            backup, closed = None, closed | refused
+            backup, closed = None, {**closed, **refused}
             continue
         return sites
 
@@ -87,12 +88,12 @@ def _run_graph(gm: torch.fx.GraphModule, when: str, graph: int, first: int) -> l
 class _Run:
     """One pass over one graph."""
 
-    def __init__(self, gm: torch.fx.GraphModule, when: str, graph: int, first: int, closed: frozenset[str]) -> None:
+    def __init__(self, gm: torch.fx.GraphModule, when: str, graph: int, first: int, closed: dict[str, Verdict]) -> None:
         self.gm, self.when, self.graph, self.first, self.closed = gm, when, graph, first, closed
         self.shadow = trace(gm)
         self.splicer = Splicer(gm, self.shadow)
 
-    def run(self, may_open: bool) -> tuple[list[Site], torch.fx.Graph | None, frozenset[str]]:
+    def run(self, may_open: bool) -> tuple[list[Site], torch.fx.Graph | None, dict[str, Verdict]]:
         """The sites; or a copy of the graph from before composite calls were opened; and the calls that were refused."""
         anchors = find_anchors(self.shadow)
         if may_open:
@@ -102,11 +103,11 @@ class _Run:
                 for node in composite:
                     inline(self.gm, self.shadow, node)
                 self.gm.recompile()
-                return [], backup, frozenset()
+                return [], backup, {}
         sites = [self._site(self.first + i, anchor) for i, anchor in enumerate(anchors)]
         self.splicer.finish()
-        refused = [a.record.node.meta.get(OPENED) for a, s in zip(anchors, sites, strict=True) if not s.verdict.fused]
-        return sites, None, frozenset(name for name in refused if name is not None)
+        opened = [(a.record.node.meta.get(OPENED), s.verdict) for a, s in zip(anchors, sites, strict=True)]
+        return sites, None, {name: verdict for name, verdict in opened if name is not None and not verdict.fused}
 
     def _composites(self, anchors: list[Anchor]) -> list[torch.fx.Node]:
         """Calls that hold a whole site which would be fused."""
@@ -125,6 +126,8 @@ class _Run:
     def _site(self, index: int, anchor: Anchor) -> Site:
         source, code = _source(anchor.record.node)
         attention: AttentionSite | None = None
+        if anchor.product.node.name in self.closed:
+            return Site(index, self.graph, source, code, anchor.record.node.name, self.closed[anchor.product.node.name])
         try:
             found = match(self.shadow, anchor)
             score = scores(found)

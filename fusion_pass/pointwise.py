@@ -272,7 +272,7 @@ def _clamped(x: Node, low: Node | None, high: Node | None) -> Node:
 def _clamp(which: str) -> Rule:
     def rule(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
         x = to_float(_args(d, record, index, 1)[0]) if value.dtype.is_floating_point else _args(d, record, index, 1)[0]
-        bounds = {"clamp": ("min", "max"), "clamp_min": ("min",), "clamp_max": ("max",)}[which]
+        bounds = {"clamp": ("min", "max"), "hardtanh": ("min", "max"), "clamp_min": ("min",), "clamp_max": ("max",)}[which]
         found: dict[str, Node] = {}
         for position, name in enumerate(bounds, start=1):
             given = record.args[position] if len(record.args) > position else record.kwargs.get(name)
@@ -281,6 +281,29 @@ def _clamp(which: str) -> Rule:
         return _clamped(x, found.get("min"), found.get("max"))
 
     return rule
+
+
+def _gelu(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
+    x = to_float(_args(d, record, index, 1)[0])
+    half = apply("mul", x, const(0.5))
+    if record.kwargs.get("approximate", "none") == "none":  # x/2 (1 + erf(x / sqrt 2))
+        return apply("mul", half, apply("add", apply("erf", apply("mul", x, const(math.sqrt(0.5)))), const(1.0)))
+    cubic = apply("mul", apply("mul", x, apply("mul", x, x)), const(0.044715))
+    inner = apply("mul", apply("add", x, cubic), const(math.sqrt(2 / math.pi)))
+    return apply("mul", half, apply("add", apply("tanh", inner), const(1.0)))
+
+
+def _leaky(x: Node, slope: Any) -> Node:
+    x = to_float(x)
+    return apply("where", apply("gt", x, const(0.0)), x, apply("mul", x, to_float(scalar(slope))))
+
+
+def _softplus(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
+    x = to_float(_args(d, record, index, 1)[0])
+    beta, threshold = (float(a) for a in (*record.args[1:], *(1.0, 20.0)[len(record.args) - 1 :]))
+    scaled = apply("mul", x, const(beta))
+    soft = apply("div", apply("log1p", apply("exp", apply("where", apply("gt", scaled, const(threshold)), const(0.0), scaled))), const(beta))
+    return apply("where", apply("gt", scaled, const(threshold)), x, soft)
 
 
 def _nan_to_num(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
@@ -370,9 +393,14 @@ def _dropout(d: Describer, record: Record, index: Any, value: Value) -> Node | N
 
 def _to_copy(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
     (x,) = _args(d, record, index, 1)
+    from .describe import has_score
+
     narrow = {torch.float16: "round_float16", torch.bfloat16: "round_bfloat16"}.get(value.dtype)
-    if narrow and x.op == "value" and record.args[0].dtype != value.dtype:
-        return apply(narrow, to_float(x))
+    if narrow and record.args[0].dtype != value.dtype:
+        if has_score(x):
+            return Node.make("narrowed", to_float(x), attr=value.dtype, kind="float")
+        if x.op == "value":
+            return apply(narrow, to_float(x))
     return x
 
 
@@ -404,6 +432,10 @@ RULES: dict[str, Rule] = {
     "square": _formula(lambda x: apply("mul", x, x)),
     "relu": _formula(lambda x: apply("where", apply("le", x, const(0.0)), const(0.0), x)),  # d relu(0) = 0; NaN passes
     "silu": _formula(lambda x: apply("mul", x, apply("sigmoid", x))),
+    "gelu": _gelu,
+    "leaky_relu": lambda d, r, i, v: _leaky(*_args(d, r, i, 1), slope=r.args[1] if len(r.args) > 1 else 0.01),
+    "hardtanh": _clamp("hardtanh"),
+    "softplus": _softplus,
     "isnan": _formula(lambda x: apply("isnan", x)),
     "isinf": _formula(lambda x: apply("isinf", x)),
     **{name: _compare(name) for name in ("lt", "le", "gt", "ge", "eq", "ne")},

@@ -131,10 +131,11 @@ def _blocks(sites: tuple[Site, ...]) -> list[str]:
 
 
 def _alike(sites: tuple[Site, ...]) -> list[tuple[Site, int]]:
-    """Sites that read the same (the layers of a model), once, with their number."""
+    """Sites that read the same (the layers of a model), once, with their number; the counters in names may differ."""
     groups: dict[tuple[object, ...], list[Site]] = {}
     for site in sites:
-        groups.setdefault((site.graph, site.source, *_lines(site, 1)), []).append(site)
+        lines = tuple(re.sub(r"_\d+", "_", line) for line in _lines(site, 1))
+        groups.setdefault((site.graph, site.source, *lines), []).append(site)
     return [(group[0], len(group)) for group in groups.values()]
 
 

@@ -35,7 +35,7 @@ class Splicer:
         self.gm, self.shadow = gm, shadow
         self.added: list[torch.fx.Node] = []
         self.replaced: dict[torch.fx.Node, torch.fx.Node] = {}
-        self.candidates: set[torch.fx.Node] = set()
+        self.live = live_nodes(gm.graph, shadow)  # before anything is changed
         self.symbols = self._symbol_sources()
 
     def splice(self, match: Match, scores: Scores) -> torch.fx.Node:
@@ -65,9 +65,6 @@ class Splicer:
         target.replace_all_uses_with(out)
         self.replaced[target] = out
         match.output.node = out
-        self.candidates.add(target)
-        self.candidates |= {value.node for value in match.walked if value.node is not None}
-        self.candidates |= {r.node for value in match.walked for r in [value.record] if r is not None}
         return both
 
     def _insert(self, match: Match, scores: Scores, target: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node]:
@@ -82,6 +79,9 @@ class Splicer:
             out = self.call(operator.getitem, both, 0)
             for step in match.out_steps:
                 out = self._step(out, step)
+            written = self.shadow.writes.get(match.output.tensor.untyped_storage()._cdata, ())
+            if any(w > match.output.seq for w in written):  # the op keeps its result for the backward; eager's product does not
+                out = self.call("clone", out)
         return both, out
 
     def finish(self) -> None:
@@ -89,7 +89,10 @@ class Splicer:
         if not self.replaced:
             return
         live = live_nodes(self.gm.graph, self.shadow, added=self.added)
-        dead = self._dead_cone(live)
+        dead = {n for n in self.live - live if n.op not in ("placeholder", "output")}
+        for node in self.gm.graph.nodes:  # what was dead before, and reads what is dead now
+            if node not in live and any(i in dead for i in node.all_input_nodes):
+                dead.add(node)
         for node in reversed(list(self.gm.graph.nodes)):
             if node in dead and not node.users:
                 self.gm.graph.erase_node(node)
@@ -97,13 +100,6 @@ class Splicer:
         self.gm.recompile()
 
     # ------------------------------------------------------------ what may go
-
-    def _dead_cone(self, live: set[torch.fx.Node]) -> set[torch.fx.Node]:
-        dead = {n for n in self.candidates if n not in live and n.op not in ("placeholder", "output")}
-        for node in self.gm.graph.nodes:  # dead readers of a dead value
-            if node not in live and any(i in dead for i in node.all_input_nodes):
-                dead.add(node)
-        return dead
 
     def _check_unused(self, match: Match, target: torch.fx.Node, reads: list[Value]) -> None:
         instead = {target: [n for value in reads for n in self._sources(value)]}
@@ -113,13 +109,12 @@ class Splicer:
         for record in self.shadow.records:
             if record.seq == product or (record.seq > product and any(v in scored for v in record.inputs())):
                 scored.update(record.outputs)
-        softmax = match.anchor.record.seq
-        for value in match.walked & scored:
-            if value.node is None or value.node not in live or value.node is target or value is match.output:
+        softmax, end = match.anchor.record.seq, match.anchor.product.seq
+        made = {v: v.record.seq for v in match.walked & scored if v.record is not None and v.record.seq < end}
+        for value in sorted(made, key=lambda v: -made[v]):
+            if value.node is None or value.node not in live or value.node is target:
                 continue
-            if value.record is not None and value.record.seq >= match.anchor.product.seq:
-                continue
-            late = value.record is not None and value.record.seq >= softmax
+            late = made[value] >= softmax
             user = next((u for u in value.node.users if u in live and u is not target), value.node)
             where = "the graph returns them" if user.op == "output" else f"{user.name} reads them"
             if late:

@@ -107,6 +107,8 @@ class _Writer:
     def _write(self, node: Node) -> Node:
         if node is self.m.dot:
             return p.SCORE
+        if node.op == "narrowed":  # a score that is kept in fp32 only gets closer to float64
+            return self.write(node.args[0])
         if node.op == "const":
             return node
         if node.op == "sym":
@@ -138,7 +140,7 @@ class _Writer:
         if not held:
             return None
         if all(v in self.descended for v, _ in held):
-            raise Refused(Reason.SCORES_USED, "the score reads a tensor that is computed from the scores (a top-k threshold, a row norm)",
+            raise Refused(Reason.NOT_EXPRESSIBLE, "the score reads a tensor that is computed from the scores (a top-k threshold, a row norm)",
                           "a pointwise function of q.k")  # fmt: skip
         held = [(v, i) for v, i in held if v not in self.descended]
         value, index = min(held, key=lambda h: _weight(h[0]))

@@ -38,7 +38,7 @@ class Value:
     output: int = 0  # which result of the record
     node: torch.fx.Node | None = None  # the Dynamo node that holds it, None inside a composite call
     seq: int = 0
-    overwritten: bool = False  # what a write through an alias left behind
+    before: Value | None = None  # what the tensor held before a write through an alias changed it
 
     def __repr__(self) -> str:
         return f"Value({self.id}, {tuple(self.shape)}, {self.node or self.record})"
@@ -63,6 +63,7 @@ class Record:
     node: torch.fx.Node  # the Dynamo node that made the call
     outputs: list[Value] = field(default_factory=list)
     mutates: bool = False
+    grad: bool = True  # whether grad mode was on
 
     @property
     def op(self) -> str:
@@ -158,7 +159,7 @@ class _Recorder(TorchDispatchMode):
         to_value = lambda x: self.value_of(x) if isinstance(x, torch.Tensor) else x  # noqa: E731
         value_args, value_kwargs = pytree.tree_map(to_value, (args, kwargs))
         mutated = _mutated(func, args, kwargs)
-        record = Record(self.seq, func, value_args, value_kwargs, self.node, mutates=bool(mutated))
+        record = Record(self.seq, func, value_args, value_kwargs, self.node, mutates=bool(mutated), grad=torch.is_grad_enabled())
         for tensor in mutated:
             self._note_write(tensor)
         for i, tensor in enumerate(pytree.tree_leaves(out)):
@@ -174,8 +175,8 @@ class _Recorder(TorchDispatchMode):
         for other in list(self.aliases[storage].values()):
             old = self.current.get(id(other))
             new = self.define(other, None)
-            new.node = old.node if old is not None else None
-            new.overwritten = True
+            if old is not None:
+                new.node, new.before = old.node, old
 
 
 def _mutated(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
@@ -203,14 +204,18 @@ class _Runner:
         self.env: dict[torch.fx.Node, Any] = {}
 
     def run(self) -> Shadow:
+        depth = 0  # of function transforms (vmap, grad, ...): what runs inside them is not followed
         for node in self.gm.graph.nodes:
             if node.op == "output":
                 break
             self.recorder.node = node
+            name = str(getattr(node.target, "__name__", ""))
+            depth += name.endswith("_increment_nesting")
             try:
-                result = self._run_node(node)
+                result = self._opaque(node) if depth else self._run_node(node)
             except _Opaque:
                 result = self._opaque(node)
+            depth -= name.endswith("_decrement_nesting")
             self.env[node] = result
             self._tie(node, result)
         self.recorder.node = None
@@ -234,6 +239,8 @@ class _Runner:
 
     def _input(self, value: Any) -> Any:
         """Inputs without autograd history; a real tensor (a lifted constant) is made fake."""
+        if isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
+            return None  # lives inside a function transform only
         if isinstance(value, FakeTensor):
             return value.detach() if value.fake_mode is self.fake_mode else value
         if isinstance(value, torch.Tensor):
@@ -243,7 +250,7 @@ class _Runner:
     def _opaque(self, node: torch.fx.Node) -> Any:
         self.shadow.opaque.add(node)
         value = meta_value(node)
-        if value is None:
+        if value is None and node.users:
             raise Refused(Reason.CAPTURE, f"the result of {node.format_node()} is not known")
         return pytree.tree_map(self._input, value)
 

@@ -159,4 +159,7 @@ def source_index(axes: Axes, value: Value, index: Index) -> tuple[Value, list[sy
         return None
     if record.op == "repeat_interleave.self_int" and _arg(record, 2, "dim", None) is None:
         return None
-    return _input(record), VIEWS[record.op](axes, record, index, value.output)
+    below = _input(record)
+    if below.record is None and below.node is None:
+        return None  # a constant that the call itself made: nothing in the graph holds it
+    return below, VIEWS[record.op](axes, record, index, value.output)
