@@ -16,10 +16,10 @@ from torch.nn import functional as F
 @dataclass(frozen=True)
 class Config:
     vocabulary: int = 256  # bytes
-    context: int = 128
-    width: int = 96
+    context: int = 64
+    width: int = 64
     heads: int = 4
-    layers: int = 3
+    layers: int = 2
     dropout: float = 0.1
 
 
@@ -30,13 +30,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
         self.dropout = nn.Dropout(config.dropout)
-        self.register_buffer("mask", torch.tril(torch.ones(config.context, config.context, dtype=torch.bool)), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, length, width = x.shape
         q, k, v = (t.view(batch, length, self.heads, -1).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
-        scores = scores.masked_fill(~self.mask[:length, :length], float("-inf"))
+        causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+        scores = scores.masked_fill(~causal, float("-inf"))
         probabilities = self.dropout(scores.softmax(dim=-1))
         return self.out((probabilities @ v).transpose(1, 2).reshape(batch, length, width))
 

@@ -69,10 +69,14 @@ def minilm() -> None:
     likeness = fused @ fused.T - 2 * torch.eye(len(fused), device=DEVICE)
     table = Table("sentence", "nearest", "cosine", box=None, padding=(0, 2, 0, 0))
     for sentence, (value, index) in zip(SENTENCES, zip(*(t.tolist() for t in likeness.max(dim=1)), strict=True), strict=True):
-        table.add_row(f"{sentence[:48]}", f"{SENTENCES[index][:48]}", f"{value:.2f}")
+        table.add_row(short(sentence), short(SENTENCES[index]), f"{value:.2f}")
     console.print(table)
     check(len(report.sites) == len(report.fused) == 6, "6 of 6 sites of MiniLM are fused")
     check(difference < 1e-5, "the embeddings are equal to float32 rounding")
+
+
+def short(sentence: str, width: int = 34) -> str:
+    return sentence if len(sentence) <= width else sentence[: width - 3] + "..."
 
 
 def train(fused: bool, steps: int, seed: int = 7) -> tuple[list[float], GPT, float]:
@@ -104,6 +108,8 @@ def smooth(losses: list[float], last: int = 25) -> list[float]:
 
 def gpt(steps: int, out: Path) -> None:
     """Train twice from one seed, eager and fused; print both curves and plot them to ``out/quickstart_loss.png``."""
+    if DEVICE.type == "cpu":
+        torch.set_num_threads(1)  # tensors this small gain nothing from a second thread
     console.rule(f"A GPT in plain PyTorch, causal mask and dropout: {steps} steps")
     eager, _, eager_seconds = train(fused=False, steps=steps)
     fused, model, fused_seconds = train(fused=True, steps=steps)

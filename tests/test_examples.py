@@ -26,7 +26,7 @@ def test_quickstart_with_fewer_steps(tmp_path: Path) -> None:
     for line in (
         "6 of 6 sites of MiniLM are fused",
         "the embeddings are equal to float32 rounding",
-        "3 of 3 sites of the GPT are fused",
+        "2 of 2 sites of the GPT are fused",
         "the two end at the same loss",
         "the fused one has learned",
     ):

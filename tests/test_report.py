@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -62,7 +63,10 @@ def test_a_report_in_full() -> None:
 
 
 def test_layers_that_read_the_same_are_one_block() -> None:
-    text = str(Report([GraphEntry(0, (FUSED, REFUSED, FUSED, FUSED))]))
+    third = replace(FUSED, attention=replace(ATTENTION, formula="softmax(q k^T / 8 + layers_2_mask[b, k])"))
+    first = replace(FUSED, attention=replace(ATTENTION, formula="softmax(q k^T / 8 + layers_0_mask[b, k])"))
+    text = str(Report([GraphEntry(0, (first, REFUSED, third, third))]))
+    assert "layers_0_mask" in text and "layers_2_mask" not in text
     assert "3 of 4 attention sites fused" in text
     assert text.count("fused x 3  model.py:12 in forward") == 1
     assert "3.0 MiB of scores and probabilities a forward no longer stored each" in text
