@@ -85,7 +85,7 @@ def train(fused: bool, steps: int, seed: int = 7) -> tuple[list[float], GPT, flo
     torch.manual_seed(seed)
     model = GPT(Config()).to(DEVICE)
     loss_of = torch.compile(model.loss, backend=fusion_pass.make_backend(when="always")) if fused else model.loss
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.01)
     batches = torch.Generator().manual_seed(seed)
     losses, start = [], 0.0
     for step in range(steps):

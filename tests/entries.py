@@ -39,12 +39,11 @@ class Runs:
         return tuple(Site(i, graph, f"model.py:{i}", "softmax(x)", name, verdict) for i, name in enumerate(names))
 
 
-def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def python(code: str, *, cwd: Path = ROOT / "tests", **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `code` in a fresh interpreter that sees this checkout; fails the test if it exits with an error."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("FUSION_PASS")}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), env.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, *arguments, "-c", code], env={**env, **environment}, cwd=ROOT / "tests", text=True, capture_output=True
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env={**env, **environment}, cwd=cwd, text=True, capture_output=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from entries import ROOT
+from entries import ROOT, python
 
 
 def run(script: str, *arguments: str, cwd: Path) -> str:
@@ -45,6 +46,14 @@ def test_hf_model(arguments: tuple[str, ...], tmp_path: Path) -> None:
         words = line.split()
         eager, ours = float(words[words.index("eager") + 1]), float(words[words.index("fused") + 1])
         assert ours <= 2 * eager + 1e-7  # float32 rounding of values near one
+
+
+@pytest.mark.slow
+def test_the_readme_runs_and_prints_what_it_shows(tmp_path: Path) -> None:
+    program, shown = re.findall(r"```(?:python)?\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[:2]
+    (tmp_path / "demo.py").write_text(program, encoding="utf-8")
+    done = python("import runpy; runpy.run_path('demo.py')", cwd=tmp_path, FUSION_PASS_REPORT="1")
+    assert shown in done.stderr
 
 
 def test_the_text_is_plain_and_stated(tmp_path: Path) -> None:
