@@ -1,9 +1,10 @@
 """ATen's own CPU attention, where it computes exactly what a program says.
 
 It computes ``softmax(scale * s + mask) v``, causal or not. So the program has to read ``scale * s`` under additive masks and
-``where`` masks, and the mask is collected into one additive tensor. Two of its ways differ from eager, and calls that could
-see them go to the tiled reference instead: rows without a key give 0 (eager: NaN), and the backward of a row whose mask is a
-large finite number forgets how many keys share it.
+``where`` masks, and the mask is collected into one additive tensor. Some of its ways differ from eager, and calls that could
+see them go to the tiled reference instead: rows without a key, and in bfloat16 rows with an infinite score, give 0 (eager:
+NaN); the backward of a row whose mask is a large finite number forgets how many keys share it; and a NaN or infinity reaches
+other gradients than in eager.
 """
 
 from __future__ import annotations
@@ -141,6 +142,11 @@ def _mask(
     return mask, bool((best > FLOOR).all())
 
 
+def _finite(*results: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite: one pass each (a sum that overflows only costs time)."""
+    return all(math.isfinite(t.sum(dtype=torch.promote_types(t.dtype, torch.float32)).item()) for t in results)
+
+
 def _grouped(t: torch.Tensor, heads: int) -> torch.Tensor:
     return t if t.shape[1] == heads else t.repeat_interleave(heads // t.shape[1], 1)
 
@@ -157,7 +163,7 @@ def attention_forward(
     params: Sequence[int],
     program: Program,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(out, base-2 lse) of a supported call; None where the mask may hide a whole row."""
+    """(out, base-2 lse) of a supported call; None where a row may see no key, or something is NaN or infinite."""
     f = form(program)
     assert f is not None
     mask, safe = _mask(f, q, k, captures, params)
@@ -166,7 +172,7 @@ def attention_forward(
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         q, _grouped(k, q.shape[1]), _grouped(v, q.shape[1]), 0.0, f.causal, attn_mask=mask, scale=f.scale
     )
-    return out, lse.mul_(LOG2E)
+    return (out, lse.mul_(LOG2E)) if _finite(out, lse) else None
 
 
 def attention_backward(
@@ -180,15 +186,15 @@ def attention_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """(dq, dk, dv) of a supported call; None where the mask may hide a whole row."""
+    """(dq, dk, dv) of a supported call; None where a row may see no key, or something is NaN or infinite."""
     f = form(program)
     assert f is not None
     mask, safe = _mask(f, q, k, captures, params)
-    if not safe:
+    if not safe or not _finite(lse):
         return None
     heads, kv_heads = q.shape[1], k.shape[1]
     keys, values = _grouped(k, heads), _grouped(v, heads)
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         do, q, keys, values, out, lse * LN2, 0.0, f.causal, attn_mask=mask, scale=f.scale
     )
-    return dq, _ungrouped(dk, kv_heads), _ungrouped(dv, kv_heads)
+    return (dq, _ungrouped(dk, kv_heads), _ungrouped(dv, kv_heads)) if _finite(dq, dk, dv) else None

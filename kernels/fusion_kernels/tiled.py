@@ -20,7 +20,7 @@ from .reference import LOG2E, as_tensor, compute_dtype, dropout_factor
 
 __all__ = ["tiled_backward", "tiled_forward"]
 
-TILE = 2**19  # scores in a tile, unless one row of keys is longer
+TILE = 2**20  # scores in a tile, unless one row of keys is longer
 ROWS = 128  # rows of a query tile where tiles of keys can be skipped
 KEYS = 2**14  # keys in a tile: more are folded in by the online softmax
 
@@ -92,9 +92,13 @@ class _Problem:
             tiles_.append((Box(box.b, box.h, box.q, (start, end)), program))
         return tiles_
 
+    def near(self, t: torch.Tensor) -> torch.Tensor:
+        """A part of an input as the products read it: in the compute dtype, dense (once here, or in each product)."""
+        return t.to(self.dtype).contiguous()
+
     def kv(self, t: torch.Tensor, b: tuple[int, int], h: tuple[int, int]) -> torch.Tensor:
         """The keys or values of a block, (b, kv heads, M, D), in the compute dtype."""
-        return t[b[0] : b[1], h[0] // self.group : h[1] // self.group].to(self.dtype)
+        return self.near(t[b[0] : b[1], h[0] // self.group : h[1] // self.group])
 
     def fold(self, t: torch.Tensor) -> torch.Tensor:
         """(b, h, rows, D) -> (b, kv heads, group * rows, D): the heads that share keys become more rows."""
@@ -180,7 +184,7 @@ def tiled_forward(
         keys, values = p.kv(k, b, h), p.kv(v, b, h)
         for rows in p.rows(b, h):
             here = (slice(*b), slice(*h), slice(*rows))
-            box, q_ = Box(b, h, rows, (0, p.m)), q[here].to(p.dtype)
+            box, q_ = Box(b, h, rows, (0, p.m)), p.near(q[here])
             row = _visit(p, q_, keys, values, p.keys(box, skip=True))
             if row is None or (p.fill > -math.inf and not p.complete(row.m, nan=False)):
                 row = _visit(p, q_, keys, values, p.keys(box, skip=False))
@@ -220,7 +224,7 @@ def tiled_backward(
         for rows in p.rows(b, h):
             here = (slice(*b), slice(*h), slice(*rows))
             box = Box(b, h, rows, (0, p.m))
-            q_, do_ = q[here].to(p.dtype), do[here].to(p.dtype)
+            q_, do_ = p.near(q[here]), p.near(do[here])
             dq[here] = _backward_rows(p, q_, do_, keys, values, dkeys, dvalues, box, wanted, dcaptures)
         kv = (slice(*b), slice(h[0] // p.group, h[1] // p.group))
         dk[kv], dv[kv] = dkeys, dvalues

@@ -194,3 +194,23 @@ def test_odd_mask_strides(called: list[str]) -> None:
         expected = run(program, inputs, [broadcast])
     for f, e in zip(run(program, inputs, [broadcast]), expected, strict=True):
         torch.testing.assert_close(f, e, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["scaled", "causal", "mask", "both", "added"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_and_infinity_reach_what_they_reach_in_eager(name: str, dtype: torch.dtype) -> None:
+    program, _ = FORMS[name]
+    captures = [
+        (torch.arange(63) % 3 != 1).expand(2, 1, 1, 63) if c.kind == "bool" else torch.randn(2, 1, 63, 63)
+        for c in program.captures
+    ]
+    for where in range(3):
+        for value in (math.nan, math.inf, -math.inf):
+            inputs = [t.detach() for t in tensors(63, 63, dtype=dtype)]
+            inputs[where][0, 1, 31, 3] = value
+            inputs = [t.requires_grad_() for t in inputs]
+            found = run(program, inputs, captures)[:-1]
+            with force("dense"):
+                expected = run(program, inputs, captures)[:-1]
+            for f, e in zip(found, expected, strict=True):
+                assert torch.equal(f.isnan(), e.isnan()), (where, value)
