@@ -35,7 +35,7 @@ from . import device, tiles
 from .derivative import vjp
 from .program import Node, Program, apply, const, postorder, rebuild
 
-__all__ = ["INDEX_LIMIT", "Phase", "aux_arguments", "bounds", "gradient_arguments", "interpreted", "phase"]
+__all__ = ["INDEX_LIMIT", "Phase", "Table", "aux_arguments", "bounds", "gradient_arguments", "interpreted", "phase"]
 
 INDEX_LIMIT = 2**22  # longest sequence: index arithmetic stays inside int32, and indices are exact in fp32
 LOG2E = math.log2(math.e)
@@ -311,13 +311,44 @@ def _reaches(root: Node, size: float) -> bool:
 
 
 @dataclass(frozen=True)
+class Table:
+    """A load at (q, k) of a table that several batches (all_b) or heads (all_h) share, and its gradient on a tile.
+
+    gradient(s, grad, b, h, q, k, q_ok, k_ok, sizes, aux) -> d(loss)/d(value), the shape of s.
+    """
+
+    capture: int
+    load: Node
+    gradient: Any
+
+    @property
+    def all_b(self) -> bool:
+        return not any(i.op == "index" and i.attr == "b" for i in self.load.args)
+
+    @property
+    def all_h(self) -> bool:
+        return not any(i.op == "index" and i.attr == "h" for i in self.load.args)
+
+    def strides(self, buffer: Any) -> tuple[tuple[int, ...], int]:
+        """((stride of b, h, q, k), offset of the element at 0, 0, 0, 0) of the load in a tensor of the capture's shape."""
+        steps = dict.fromkeys("bhqk", 0)
+        offset = 0
+        for step, i in zip(buffer.stride(), self.load.args, strict=True):
+            if i.op == "index":
+                steps[str(i.attr)] = step
+            else:
+                offset += step * i.attr  # type: ignore[operator]
+        return tuple(steps.values()), offset
+
+
+@dataclass(frozen=True)
 class Phase:
     """A program (or its `full_program`) as device functions.
 
     x = factor * score(s, ...); d(loss)/d(s) = dfactor * dscore(s, d(loss)/d(x), ...).
     wide: x can be so large that x * log2(e) leaves fp32, or loses all its digits after the point.
     deep: a row can have nothing but scores so low that its log-sum-exp has no digits left for the sum.
-    captures: None where no capture needs a gradient.
+    captures: adds the gradients of captured tensors, except those of `tables`; None where none is needed.
     """
 
     score: Any
@@ -327,6 +358,7 @@ class Phase:
     dscore: Any
     dfactor: float
     captures: Any
+    tables: tuple[Table, ...]
 
 
 _SCORE = "s, b, h, q, k, q_ok, k_ok, sizes, aux"
@@ -356,20 +388,22 @@ def phase(program: Program, wrt: tuple[int, ...] = (), fast_bfloat16: bool = Fal
     result = _like_s(writer, dinner)
     dscore = _function("dscore", _GRAD, [*writer.lines, result])
 
-    captures = None
-    if derivative.loads:
-        captures = _captures(program, wrt, derivative.loads, fast_bfloat16)
-    return Phase(score, factor, wide, _reaches(root, 500.0), dscore, dfactor, captures)
+    tables = tuple(_table(program, node, grad, fast_bfloat16) for node, grad in derivative.loads if _is_table(node, derivative.loads))
+    rest = [(node, grad) for node, grad in derivative.loads if not _is_table(node, derivative.loads)]
+    captures = _captures(program, wrt, rest, fast_bfloat16) if rest else None
+    return Phase(score, factor, wide, _reaches(root, 500.0), dscore, dfactor, captures, tables)
 
 
-def _captures(program: Program, wrt: tuple[int, ...], loads: Sequence[tuple[Node, Node]], fast_bfloat16: bool) -> Any:
+_Loads = Sequence[tuple[Node, Node]]
+
+
+def _captures(program: Program, wrt: tuple[int, ...], loads: _Loads, fast_bfloat16: bool) -> Any:
     """Adds each load's gradient to its buffer: summed over the axes of the tile that the load does not read, then one atomic."""
     writer = _Writer(program, fast_bfloat16)
     first = {c: sum(1 + program.captures[o].rank for o in wrt[:i]) for i, c in enumerate(wrt)}
     for node, grad in loads:
         assert isinstance(node.attr, int)
         _, value = writer.write(node, grad)
-        lines = writer.lines
         along_q, along_k = _index_axes(node)
         name = writer._assign(f"tl.where(q_ok & k_ok, tl.broadcast_to(tl.cast({value}, tl.float32), s.shape), 0.0)")
         if not along_q:
@@ -379,18 +413,32 @@ def _captures(program: Program, wrt: tuple[int, ...], loads: Sequence[tuple[Node
         pointer = writer.pointer(node, "daux", first[node.attr])
         mask = writer.mask(node)
         if not mask:  # one number: a (1, 1) tile of one lane
-            lines.append(f"tl.atomic_add({pointer} + tl.zeros((1, 1), tl.int32), {name}, sem='relaxed')")
-        elif _unique(node) and sum(other.attr == node.attr for other, _ in loads) == 1:
-            lines.append(f"tl.store({pointer}, {name}, mask={mask})")
+            writer.lines.append(f"tl.atomic_add({pointer} + tl.zeros((1, 1), tl.int32), {name}, sem='relaxed')")
+        elif _plain_indices(node, loads) == "bhkq":
+            writer.lines.append(f"tl.store({pointer}, {name}, mask={mask})")
         else:
-            lines.append(f"tl.atomic_add({pointer}, {name}, mask={mask}, sem='relaxed')")
+            writer.lines.append(f"tl.atomic_add({pointer}, {name}, mask={mask}, sem='relaxed')")
     return _function("captures", _GRAD + ", daux", writer.lines)
 
 
-def _unique(node: Node) -> bool:
-    """Whether every (b, h, q, k) reads an element of its own, through a load that is the only one of its capture."""
-    plain = [i.attr for i in node.args if i.op == "index"]
-    return sorted(map(str, plain)) == ["b", "h", "k", "q"] and all(i.op in ("index", "const") for i in node.args)
+def _table(program: Program, node: Node, grad: Node, fast_bfloat16: bool) -> Table:
+    writer = _Writer(program, fast_bfloat16)
+    result = _like_s(writer, grad)
+    assert isinstance(node.attr, int)
+    return Table(node.attr, node, _function("gradient", _GRAD, [*writer.lines, result]))
+
+
+def _is_table(node: Node, loads: _Loads) -> bool:
+    return _plain_indices(node, loads) in ("kq", "bkq", "hkq")
+
+
+def _plain_indices(node: Node, loads: _Loads) -> str | None:
+    """The indices read, sorted, if each is read bare and once, beside constants, and no other load reads the capture: then
+    different indices are different elements. Else None."""
+    if any(i.op not in ("index", "const") for i in node.args) or sum(other.attr == node.attr for other, _ in loads) > 1:
+        return None
+    names = sorted(str(i.attr) for i in node.args if i.op == "index")
+    return "".join(names) if len(set(names)) == len(names) else None
 
 
 @lru_cache(maxsize=1024)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -25,9 +26,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import codegen, configs, tiles
 from .device import LOG2E, dot, dot_pair, load_rows, store_rows, stream_rows, tile_ranges, visited
 from .dropout import keep_scale, keep_tile, threshold
+from .launch import Launch, Plans, number, signature
 from .program import Program
 
-__all__ = ["attention_forward", "describable", "describe", "precision", "split", "strides"]
+__all__ = ["attention_forward", "check", "describable", "describe", "on_device", "parts", "precision", "split", "strides", "traits"]
 
 
 @triton.jit
@@ -199,6 +201,13 @@ def describe(tensor: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), [*outer, 1], [1, 1, rows, width])
 
 
+def on_device(x: torch.Tensor) -> Any:
+    """A context in which x's device is the current one: Triton launches there."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return _NOWHERE
+
+
 def precision(dtype: torch.dtype) -> str:
     """How fp32 products are taken: as eager takes them."""
     if dtype != torch.float32:
@@ -270,23 +279,58 @@ def attention_forward(
     Raises:
         TypeError, ValueError: a dtype, head dim or length that these kernels do not take.
     """
+    if out.numel() == 0:
+        return
+    key = (
+        id(program), signature(q, k, v, out, *captures), tuple(map(number, params)), dropout_p, tile,
+        torch.backends.cuda.matmul.allow_tf32, q.device,
+    )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans[key] = _plan(q, k, v, captures, program, dropout_p, out, tile)
+    tma = plan.tma
+    keys = describe(k, *tma[0]) if tma else k
+    values = describe(v, *tma[1]) if tma else v
+    with on_device(q):
+        plan.launch(q, keys, values, out, lse, seed if dropout_p > 0 else None, codegen.aux_arguments(program, captures, params))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    program: Program  # held, so that the id in the key stays its own
+    launch: Launch
+    tma: tuple[tuple[int, int], tuple[int, int]] | None  # the blocks of k and v, where they go through the copy engine
+
+
+_plans: dict[Any, _Plan] = Plans()
+_NOWHERE = nullcontext()
+
+
+def _plan(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Sequence[torch.Tensor], program: Program, dropout_p: float,
+    out: torch.Tensor, tile: configs.Tile | None,
+) -> _Plan:  # fmt: skip
     check(q, k, v)
     B, H, N, D = q.shape
     M, DV = k.shape[2], v.shape[3]
-    if out.numel() == 0 and lse.numel() == 0:
-        return
-    plan = parts(program, (), q.dtype == torch.bfloat16)
-    full = plan.full if plan.kv_bounds is not None else plan.masked
+    found = parts(program, (), q.dtype == torch.bfloat16)
+    masked = found.masked
+    full = found.full if found.kv_bounds is not None else masked
     (D0, D1), (V0, V1) = split(D), split(DV)
-    tile = tile or configs.forward(N, M, D, DV, q.dtype, program)
+    tile = tile or configs.forward(N, M, D, DV, q.dtype, traits(found, program, dropout_p))
     align, (qs, ks, vs, os) = strides(q, k, v, out)
     tma = tile.tma and D1 == 0 and V1 == 0 and describable(k, v)
-    _forward[(triton.cdiv(N, tile.block_m) * B * H,)](
-        q, describe(k, tile.block_n, D0) if tma else k, describe(v, tile.block_n, V0) if tma else v, out, lse, seed if dropout_p > 0 else None, codegen.aux_arguments(program, captures, params),
-        qs, ks, vs, os, B, H, N, M, H // k.shape[1], threshold(dropout_p), keep_scale(dropout_p), plan.floor,
-        plan.kv_bounds, plan.masked.score, plan.masked.factor, plan.masked.wide,
-        full.score, full.factor, full.wide,
-        plan.revisit, dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align,
+    constants = (
+        qs, ks, vs, os, B, H, N, M, H // k.shape[1], threshold(dropout_p), keep_scale(dropout_p), found.floor,
+        found.kv_bounds, masked.score, masked.factor, masked.wide, full.score, full.factor, full.wide,
+        found.revisit, dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align,
         D, D0, D1, DV, V0, V1, tile.block_m, tile.block_n, precision(q.dtype), tma,
-        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    launch = Launch(_forward, triton.cdiv(N, tile.block_m) * B * H, constants, tile.warps, tile.stages)
+    return _Plan(program, launch, ((tile.block_n, D0), (tile.block_n, V0)) if tma else None)
+
+
+def traits(found: Parts, program: Program, dropout_p: float) -> configs.Traits:
+    """What the choice of tiles depends on, of a program."""
+    table = any(node.op == "load" and node.depends_on("q") and node.depends_on("k") for node in program.loads)
+    return configs.Traits(masked=found.kv_bounds is not None, table=table, dropout=dropout_p > 0)

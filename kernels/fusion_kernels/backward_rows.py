@@ -1,0 +1,79 @@
+"""What the backward needs of each row before it starts: sum(do * out), and where its log-sum-exp does not say enough."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device import LOG2E, dot_pair, load_rows
+
+__all__ = ["deep_rows", "delta_rows"]
+
+
+@triton.jit(do_not_specialize=["H", "N", "floor"])
+def delta_rows(
+    do, out, lse, delta, flags, do_strides, out_strides, H, N, floor,
+    FLAG: tl.constexpr, ALIGN: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """delta[b, h, q] = sum_d do out; flags[b, h] = 1 if a row's log-sum-exp is not above `floor` (its masked keys count)."""
+    q_tiles = tl.cdiv(N, BLOCK)
+    pid = tl.program_id(0)
+    bh = pid // q_tiles
+    start = pid % q_tiles * BLOCK
+    b = tl.cast(bh // H, tl.int64)
+    h = tl.cast(bh % H, tl.int64)
+    do += b * (do_strides[0] * ALIGN) + h * (do_strides[1] * ALIGN)
+    out += b * (out_strides[0] * ALIGN) + h * (out_strides[1] * ALIGN)
+    g = load_rows(do, start, N, do_strides[2] * ALIGN, do_strides[3], 0, WIDTH, DV, BLOCK, True).to(tl.float32)  # (BLOCK, WIDTH)
+    o = load_rows(out, start, N, out_strides[2] * ALIGN, out_strides[3], 0, WIDTH, DV, BLOCK, True).to(tl.float32)
+    rows = start + tl.arange(0, BLOCK)
+    row = tl.cast(bh, tl.int64) * N + rows
+    tl.store(delta + row, tl.sum(g * o, 1), mask=rows < N)
+    if FLAG:
+        bad = (rows < N) & ~(tl.load(lse + row, mask=rows < N, other=0.0) > floor)
+        if tl.max(bad.to(tl.int32), 0) > 0:
+            tl.store(flags + bh, 1)
+
+
+@triton.jit(do_not_specialize=["B", "H", "N", "M", "group", "floor"])
+def deep_rows(
+    q, k, lse, base, level, aux, q_strides, k_strides, B, H, N, M, group, floor,
+    SCORE: tl.constexpr, FACTOR: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows with lse above `floor`: base = 0, level = lse. The others are looked at again: base = max x, level = log2 sum 2^(x - base)."""
+    q_tiles = tl.cdiv(N, BLOCK_M)
+    pid = tl.program_id(0)
+    start = pid % q_tiles * BLOCK_M
+    b = pid // q_tiles // H
+    h = pid // q_tiles % H
+    q += tl.cast(b, tl.int64) * (q_strides[0] * ALIGN) + tl.cast(h, tl.int64) * (q_strides[1] * ALIGN)
+    k += tl.cast(b, tl.int64) * (k_strides[0] * ALIGN) + tl.cast(h // group, tl.int64) * (k_strides[1] * ALIGN)
+    rows = start + tl.arange(0, BLOCK_M)
+    row = tl.cast(b * H + h, tl.int64) * N + rows
+    known = tl.load(lse + row, mask=rows < N, other=0.0)
+    deep = (rows < N) & ~(known > floor)
+    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    count = tl.where(tl.max(deep.to(tl.int32), 0) > 0, tl.cdiv(M, BLOCK_N), 0)
+    q0 = load_rows(q, start, N, q_strides[2] * ALIGN, q_strides[3], 0, D0, D, BLOCK_M, True)
+    q1 = q0
+    if D1 > 0:
+        q1 = load_rows(q, start, N, q_strides[2] * ALIGN, q_strides[3], D0, D1, D, BLOCK_M, True)
+    for i in tl.range(0, count):
+        keys = i * BLOCK_N + tl.arange(0, BLOCK_N)
+        k0 = load_rows(k, i * BLOCK_N, M, k_strides[2] * ALIGN, k_strides[3], 0, D0, D, BLOCK_N, True)
+        k1 = k0
+        if D1 > 0:
+            k1 = load_rows(k, i * BLOCK_N, M, k_strides[2] * ALIGN, k_strides[3], D0, D1, D, BLOCK_N, True)
+        s = dot_pair(q0, q1, k0, k1, D1 > 0, PRECISION)  # (BLOCK_M, BLOCK_N)
+        k_ok = (keys < M)[None, :]
+        x = SCORE(s, b, h, rows[:, None], keys[None, :], (rows < N)[:, None], k_ok, (B, H, N, M), aux)
+        x = tl.where(k_ok, x, float("-inf"))
+        higher = tl.maximum(peak, tl.max(x, 1))
+        finite = tl.where(higher == float("-inf"), 0.0, higher)
+        p = tl.math.exp2((x - finite[:, None]) * (FACTOR * LOG2E))
+        total = total * tl.math.exp2((peak - finite) * (FACTOR * LOG2E)) + tl.sum(p, 1)
+        peak = higher
+    tl.store(base + row, tl.where(deep, peak, 0.0), mask=rows < N)
+    tl.store(level + row, tl.where(deep, tl.math.log2(total), known), mask=rows < N)

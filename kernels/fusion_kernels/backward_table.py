@@ -1,0 +1,102 @@
+"""The gradient of a captured table that is read at (.., q, k), such as a learned bias [H, N, M] that batches share.
+
+Every (q, k) tile of the table belongs to one program, which goes over the batches and heads that read it and keeps the sum in
+registers: one store, the same result every time. Adding the tiles of the dq kernel into the table with atomics took several
+times as long, because each element of it is met by every batch.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device import LOG2E, dot_pair, load_rows, probability, tile_ranges
+from .dropout import keep_tile
+
+__all__ = ["table_tiles"]
+
+
+@triton.jit(do_not_specialize=["B", "H", "N", "M", "group", "limit", "scale", "offset"])
+def table_tiles(
+    q, k, v, do, base, level, delta, flags, seed, aux, table,
+    q_strides, k_strides, v_strides, do_strides, table_strides, offset, B, H, N, M, group, limit, scale,
+    BOUNDS: tl.constexpr, SCORE: tl.constexpr, FACTOR: tl.constexpr, DEEP: tl.constexpr, GRADIENT: tl.constexpr,
+    ALL_B: tl.constexpr, ALL_H: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """table[b?, h?, q, k] = sum of the load's gradient over the batches (ALL_B) and heads (ALL_H) that the table does not index."""
+    q_tiles = tl.cdiv(N, BLOCK_M)
+    k_tiles = tl.cdiv(M, BLOCK_N)
+    pid = tl.program_id(0)
+    q_tile = pid % q_tiles
+    k_tile = pid // q_tiles % k_tiles
+    own = pid // q_tiles // k_tiles  # which of the table's own batches and heads
+    q_start = q_tile * BLOCK_M
+    k_start = k_tile * BLOCK_N
+    rows = q_start + tl.arange(0, BLOCK_M)
+    keys = k_start + tl.arange(0, BLOCK_N)
+    q_ok = (rows < N)[:, None]
+    k_ok = (keys < M)[None, :]
+    shared_heads = 1
+    if ALL_H:
+        shared_heads = H
+    count = shared_heads
+    if ALL_B:
+        count = shared_heads * B
+    own_heads = 1
+    if not ALL_H:
+        own_heads = H
+    if DROPOUT:
+        seed = tl.load(seed)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for i in tl.range(0, count):
+        b = own // own_heads
+        if ALL_B:
+            b = i // shared_heads
+        h = own % own_heads
+        if ALL_H:
+            h = i % shared_heads
+        live = True
+        if BOUNDS is not None:
+            lo, hi, full_lo, full_hi = BOUNDS(q_start, tl.minimum(q_start + BLOCK_M, N) - 1, b, h, (B, H, N, M), aux)
+            first, last, _, _ = tile_ranges(lo, hi, full_lo, full_hi, M, BLOCK_N)
+            live = ((k_tile >= first) & (k_tile < last)) | (tl.load(flags + b * H + h) != 0)
+        if live:
+            batch = tl.cast(b, tl.int64) * ALIGN
+            head = tl.cast(h, tl.int64) * ALIGN
+            kv_head = tl.cast(h // group, tl.int64) * ALIGN
+            qh = q + batch * q_strides[0] + head * q_strides[1]
+            gh = do + batch * do_strides[0] + head * do_strides[1]
+            kh = k + batch * k_strides[0] + kv_head * k_strides[1]
+            vh = v + batch * v_strides[0] + kv_head * v_strides[1]
+            q0 = load_rows(qh, q_start, N, q_strides[2] * ALIGN, q_strides[3], 0, D0, D, BLOCK_M, True)
+            k0 = load_rows(kh, k_start, M, k_strides[2] * ALIGN, k_strides[3], 0, D0, D, BLOCK_N, True)
+            g0 = load_rows(gh, q_start, N, do_strides[2] * ALIGN, do_strides[3], 0, V0, DV, BLOCK_M, True)
+            v0 = load_rows(vh, k_start, M, v_strides[2] * ALIGN, v_strides[3], 0, V0, DV, BLOCK_N, True)
+            q1 = q0
+            k1 = k0
+            g1 = g0
+            v1 = v0
+            if D1 > 0:
+                q1 = load_rows(qh, q_start, N, q_strides[2] * ALIGN, q_strides[3], D0, D1, D, BLOCK_M, True)
+                k1 = load_rows(kh, k_start, M, k_strides[2] * ALIGN, k_strides[3], D0, D1, D, BLOCK_N, True)
+            if V1 > 0:
+                g1 = load_rows(gh, q_start, N, do_strides[2] * ALIGN, do_strides[3], V0, V1, DV, BLOCK_M, True)
+                v1 = load_rows(vh, k_start, M, v_strides[2] * ALIGN, v_strides[3], V0, V1, DV, BLOCK_N, True)
+            row = tl.cast(b * H + h, tl.int64) * N + rows
+            row_base = tl.load(base + row, mask=rows < N, other=0.0)
+            row_level = tl.load(level + row, mask=rows < N, other=0.0)
+            row_delta = tl.load(delta + row, mask=rows < N, other=0.0)
+            s = dot_pair(q0, q1, k0, k1, D1 > 0, PRECISION)  # (BLOCK_M, BLOCK_N)
+            x = SCORE(s, b, h, rows[:, None], keys[None, :], q_ok, k_ok, (B, H, N, M), aux)
+            p = probability(x, row_base[:, None], row_level[:, None], FACTOR * LOG2E, DEEP)
+            dp = dot_pair(g0, g1, v0, v1, V1 > 0, PRECISION)
+            if DROPOUT:
+                dp = tl.where(keep_tile(seed, limit, b * H + h, q_start, k_start, BLOCK_M, BLOCK_N, False), dp * scale, 0.0)
+            dx = tl.where(q_ok & k_ok, p * (dp - row_delta[:, None]), 0.0)
+            total += GRADIENT(s, dx, b, h, rows[:, None], keys[None, :], q_ok, k_ok, (B, H, N, M), aux)
+    place = tl.cast(offset, tl.int64) + tl.cast(own // own_heads, tl.int64) * table_strides[0]
+    place += tl.cast(own % own_heads, tl.int64) * table_strides[1]
+    pointers = table + place + tl.cast(rows, tl.int64)[:, None] * table_strides[2] + tl.cast(keys, tl.int64)[None, :] * table_strides[3]
+    tl.store(pointers, total, mask=q_ok & k_ok)
