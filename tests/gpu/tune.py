@@ -81,6 +81,8 @@ class Run:
 
     def __init__(self, batch: int, heads: int, n: int, d: int, name: str, dtype: torch.dtype = torch.bfloat16, group: int = 1) -> None:
         torch.manual_seed(0)
+        name, _, kind = name.partition(" in ")
+        dtype = getattr(torch, kind) if kind else dtype
         self.work = works(batch, heads, n, d)[name]()
         make = functools.partial(torch.randn, device="cuda", dtype=dtype)
         self.q, self.do = make(batch, heads, n, d), make(batch, heads, n, d)
@@ -135,14 +137,20 @@ DQ = {
     256: _tiles([(64, 32), (64, 64)], [(4, 1), (4, 2)]) + _tiles([(128, 32)], [(8, 1)]),
     80: _tiles([(128, 64)], [(8, 2)], (False,)) + _tiles([(64, 64)], [(4, 2)], (False,)),
 }
-SWEEP = [(64, "full"), (64, "causal"), (128, "full"), (128, "causal"), (64, "dropout"), (128, "dropout"), (128, "bias"), (256, "causal"), (80, "causal")]
+FLOAT32 = {
+    "forward": _tiles([(64, 32), (64, 64), (128, 32), (128, 64)], [(4, 2), (8, 2)], (False,)),
+    "dkdv": _tiles([(32, 32), (32, 64), (64, 64), (16, 64), (64, 32)], [(4, 1), (8, 1), (4, 2)], (False,)),
+    "dq": _tiles([(32, 32), (64, 32), (64, 64), (64, 16)], [(4, 1), (8, 1), (4, 2)], (False,)),
+}
+SWEEP = [(64, "full"), (64, "causal"), (128, "full"), (128, "causal"), (64, "dropout"), (128, "dropout"), (128, "bias"), (256, "causal"), (80, "causal"), (64, "causal in float32"), (128, "causal in float32")]
 
 
 def variants(only: str) -> list[tuple[int, str, str, Tile]]:
     out = []
     for d, name in SWEEP:
         for part, table in (("forward", FORWARD), ("dkdv", DKDV), ("dq", DQ)):
-            out += [(d, name, part, tile) for tile in table[d] if only in f"{d} {name} {part}"]
+            tiles = FLOAT32[part] if name.endswith("float32") else table[d]
+            out += [(d, name, part, tile) for tile in tiles if only in f"{d} {name} {part}"]
     return out
 
 
@@ -240,9 +248,9 @@ def cudnn(run: Run, name: str) -> tuple[Callable[[], Any], Callable[[], Any]] | 
 def peer_jobs(only: str) -> list[tuple[int, int, int, int, str, int]]:
     jobs = []
     for d in (128, 64):
-        for n in (4096, 512, 1024, 2048, 8192, 16384):
+        for n in (4096, 512, 16384):
             tokens, heads = 16384, 16 if d == 128 else 32
-            names = ["full", "causal"] if n not in (4096, 1024) else list(works(1, 1, 1, 1))
+            names = ["full", "causal"] if n != 4096 else list(works(1, 1, 1, 1))
             jobs += [(max(tokens // n, 1), heads, n, d, name, 1) for name in names]
         jobs += [(4, 32, 4096, d, name, 4) for name in ("full", "causal")]
     return [j for j in jobs if only in f"{j[3]} {j[4]} {j[2]} g{j[5]}"]
@@ -261,7 +269,7 @@ def warm_one(job: tuple[int, int, int, int, str, int]) -> None:
 
 def peers(only: str, limit: float) -> None:
     jobs, started = peer_jobs(only), time.time()
-    with multiprocessing.get_context("spawn").Pool(8) as pool:
+    with multiprocessing.get_context("spawn").Pool(14) as pool:
         pool.map(warm_one, jobs, chunksize=1)
     print(f"compiled in {time.time() - started:.0f} s", flush=True)
     for job in jobs:
