@@ -3,6 +3,7 @@
 # On a machine that has its own torch: `make test-gpu PY=python3` runs with that Python and installs nothing.
 
 PYTHON ?= python3
+JOBS ?= 2
 
 ifeq ($(origin PY),undefined)
 PY := .venv/bin/python
@@ -19,7 +20,7 @@ help:
 	@echo "make demo      real models, eager beside fused (examples/quickstart.py)"
 	@echo "make test      every test that needs no GPU"
 	@echo "make lint      ruff and pyright"
-	@echo "make fuzz      the long fuzz"
+	@echo "make fuzz      the long fuzz, 3,000 programs; goes on where it was stopped (out/fuzz.json)"
 	@echo "make test-gpu  the tests that need a CUDA device"
 	@echo "make clean     remove .venv and everything that was built"
 
@@ -27,7 +28,7 @@ demo: $(READY)
 	$(PY) examples/quickstart.py
 
 test: $(READY)
-	$(PY) -m pytest -m "not gpu and not fuzz" tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m "not gpu and not fuzz" tests
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -35,7 +36,7 @@ lint: $(READY)
 	$(PY) -m pyright
 
 fuzz: $(READY)
-	$(PY) -m pytest -m fuzz tests
+	$(PY) -m tests.fuzz.long --examples 3000 --seed 0 --resume out/fuzz.json
 
 test-gpu: $(READY)
 	$(PY) -m pytest -m gpu tests
