@@ -38,8 +38,19 @@ def expr_of(value: Any) -> sympy.Expr:
     if isinstance(value, sympy.Expr):
         return value
     if isinstance(value, torch.SymInt):
-        return sympy.sympify(value.node.expr)
+        expr = sympy.sympify(value.node.expr)
+        return expr if expr.is_Symbol else expr.replace(_is_quotient, _exact)
     return sympy.Integer(int(value))
+
+
+def _is_quotient(expr: sympy.Expr) -> bool:
+    return type(expr).__name__ in ("FloorDiv", "CleanDiv")
+
+
+def _exact(expr: sympy.Expr) -> sympy.Expr:
+    """``(s * s) // s`` is s: torch leaves such quotients of sizes as they are."""
+    quotient = sympy.cancel(expr.args[0] / expr.args[1])
+    return quotient if sympy.fraction(quotient)[1] == 1 else expr
 
 
 def same(a: sympy.Expr, b: sympy.Expr) -> bool:

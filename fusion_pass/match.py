@@ -106,6 +106,11 @@ def _is_softmax(record: Record) -> bool:
     return source is not None and source.op == "exp.default"
 
 
+def _written(value: Value) -> bool:
+    """Whether the value was left by a write that no rule describes (through a view, or by index)."""
+    return value.before is not None or (value.record is not None and value.record.mutates)
+
+
 def _reach(users: dict[Value, list[Record | Value]], start: Value) -> tuple[Record, int] | None:
     """The first product that reads a value of the size of `start` made from it."""
     size = sympy.expand(sympy.Mul(*map(expr_of, start.shape)))
@@ -320,7 +325,7 @@ class _Matcher:
                     raise Refused(Reason.PROBABILITIES_EDITED, "a product mixes them over another dim first", "softmax, then the values")
                 raise Refused(Reason.SOFTMAX_DIM, f"softmax over the dim at {position}", "softmax over the dim that is summed with the values")
             return found, dropout_p
-        if any(self.shadow.values[n.attr[0]].before is not None for n in postorder(node) if n.op == "value"):  # pyright: ignore
+        if any(_written(self.shadow.values[n.attr[0]]) for n in postorder(node) if n.op == "value"):  # pyright: ignore
             raise Refused(Reason.MUTATION, "the probabilities are written through a view of them", "out-of-place operations")
         inside = [n for n in postorder(node) if n.op in ("softmax", "sum", "log_softmax")]
         if inside:
@@ -345,7 +350,7 @@ class _Matcher:
             if self.key in a and self.query in a or self.key in b and self.query in b:
                 continue
             found.append(node)
-        if not found and any(self.shadow.values[n.attr[0]].before is not None for n in postorder(body) if n.op == "value"):  # pyright: ignore
+        if not found and any(_written(self.shadow.values[n.attr[0]]) for n in postorder(body) if n.op == "value"):  # pyright: ignore
             raise Refused(Reason.MUTATION, "the scores are written through a view of them", "in-place operations on the whole tensor")
         if not found:
             raise Refused(Reason.NO_SCORES, "the softmax is not over a product of two tensors", "q @ k^T under the softmax")
