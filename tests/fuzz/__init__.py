@@ -1,0 +1,1 @@
+"""Programs written by chance: attention in plain PyTorch for the pass, score programs for the kernels."""

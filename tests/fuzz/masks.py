@@ -1,0 +1,125 @@
+"""Masks of a written program: predicates over positions and data, composed, and every way to apply one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+__all__ = ["MaskWriter"]
+
+
+class MaskWriter:
+    """Writes masks for a `Writer`. structural: some mask so far is made of positions, so that tiles may be skipped."""
+
+    def __init__(self, writer: Any) -> None:
+        self.w, self.structural = writer, False
+        self.named: set[str] = set()
+
+    # ------------------------------------------------------------ positions
+
+    def rows(self) -> str:
+        """The variable of the query positions, (n, 1); defined on first use, at times counted from the end of the keys."""
+        past = self.w.pick("", "", " + (m - n)") if self.w.s.m >= self.w.s.n else ""
+        return self._define("i", f"torch.arange(n, device=q.device)[:, None]{past}")
+
+    def columns(self) -> str:
+        return self._define("j", self.w.pick("torch.arange(m, device=q.device)", "torch.arange(m, device=q.device)[None, :]"))
+
+    def _define(self, name: str, value: str) -> str:
+        if name not in self.named:
+            self.named.add(name)
+            self.w.line(f"{name} = {value}")
+        return name
+
+    def position(self) -> str:
+        """A predicate of positions alone, true where the query may see the key."""
+        self.structural = True
+        c = self.w.pick(0, 1, 2, 5, 20, 64)
+        if self.w.chance(40):
+            square = f"torch.ones(n, m, dtype=torch.bool, device=q.device).{self.w.pick('tril', 'triu')}({self.w.pick(0, 0, c, -c)})"
+            return self.w.pick(square, f"~{square}")
+        i, j, width = self.rows(), self.columns(), max(c, 1)
+        return self.w.pick(
+            f"({j} <= {i})", f"({i} >= {j})", f"({j} <= {i}) & ({j} > {i} - {width})", f"(({i} - {j}).abs() < {width})",
+            f"({i} // {width} == {j} // {width})", f"(({j} < {c}) | ({j} <= {i}))", f"({j} - {i} < {c})", f"({i} + {j} > {c})",
+            f"({j} % {width} == 0)", f"({j} < {c})", f"({i} < {c})", f"({i} != {j})",
+        )  # fmt: skip
+
+    # ------------------------------------------------------------ data
+
+    def data(self) -> str:
+        """A predicate read from tensors."""
+        w = self.w
+        form = w.pick("keep", "keep", "keep", "int", "float", "ids", "outer")
+        if form == "ids":
+            batch = (*w.s.lead[:1], *(1 for _ in w.s.lead[1:]))
+            a, b = w.input("qid", *batch, w.s.n, kind="ids"), w.input("kid", *batch, w.s.m, kind="ids")
+            return f"({a}[..., :, None] == {b}[..., None, :])"
+        dead = w.chance(25)
+        if form == "outer":
+            a, b = w.input("qok", w.s.n, kind="keep", dtype=torch.bool, dead=dead), w.input("kok", w.s.m, kind="keep", dtype=torch.bool)
+            return f"({a}[:, None] & {b}[None, :])"
+        dtype = {"keep": torch.bool, "int": torch.int64, "float": torch.float32}[form]
+        x = w.input("keep", *w.broadcast(), kind="keep", dtype=dtype, dead=dead)
+        return x if form == "keep" else w.pick(f"({x} != 0)", f"({x} > 0)", f"({x}.bool())")
+
+    def predicate(self) -> str:
+        first = self.position() if self.w.chance(50) else self.data()
+        if not self.w.chance(35):
+            return first
+        second = self.position() if self.w.chance(50) else self.data()
+        return self.w.pick(f"({first} & {second})", f"({first} | {second})", f"torch.logical_and({first}, {second})",
+                           f"({first} & ~({second}))")  # fmt: skip
+
+    # ------------------------------------------------------------ applying
+
+    def mask(self) -> None:
+        w = self.w
+        if w.chance(20):
+            fill = w.pick(-math.inf, -math.inf, torch.finfo(w.dtype).min, -1e4)
+            x = w.float_input("mask", *w.broadcast(), kind="additive", fill=fill, dead=w.chance(25), grad=False)
+            return w.line(w.pick(f"s = s + {x}", f"s = {x} + s", f"s = torch.add(s, {x})"))
+        p = self.predicate()
+        # -1e9 is no fp16 number: torch refuses it as a fill
+        finite = w.pick("torch.finfo(s.dtype).min", "-1e4", *["-1e9"] * (w.dtype != torch.float16))
+        fill = w.pick("float('-inf')", "float('-inf')", "-torch.inf", finite)
+        form = w.pick("masked_fill", "masked_fill_", "where", "full", "turned", "bias", "zeros", "one_minus", "times")
+        if form == "masked_fill":
+            w.line(f"s = s.masked_fill({w.pick(f'~({p})', f'({p}).logical_not()', f'({p}) == 0')}, {fill})")
+        elif form == "masked_fill_":
+            w.line(f"s.masked_fill_(~({p}), {fill})")
+        elif form == "where":
+            w.line(f"s = torch.where({p}, s, {fill})")
+        elif form == "full":
+            w.line(f"s = torch.where({p}, s, torch.full([], {fill}, dtype=s.dtype, device=s.device))")
+        elif form == "turned":
+            w.line(f"s = torch.where(~({p}), {fill}, s)")
+        elif form == "bias":
+            w.line(f"s = s + torch.where({p}, 0.0, {fill}).to(s.dtype)")
+        elif form == "zeros":
+            w.line(f"bias_ = torch.zeros(n, m, dtype=s.dtype).expand_as(s).masked_fill(~({p}), {fill})")
+            w.line("s = s + bias_")
+        elif form == "one_minus":
+            w.line(f"s = s + (1.0 - ({p}).to(s.dtype)) * {finite}")
+        else:
+            w.line(f"keep_ = ({p}).to(s.dtype)")
+            w.line("s = s * keep_ - 1e4 * (1 - keep_)")
+
+    # ------------------------------------------------------------ NaN and infinity
+
+    def poison(self, spoiled: str) -> None:
+        """At times one NaN or infinity in an input.
+
+        Not in k or v under a mask of positions: a key that positions alone hide is in a tile that is never read, and eager
+        multiplies it by zero (0 * NaN = NaN). That is the one difference from eager that the op documents.
+        """
+        w = self.w
+        if not w.chance(8) or spoiled:
+            return
+        able = [i for i, x in enumerate(w.inputs) if x.kind in ("normal", "additive") and (not self.structural or x.name in ("q", "wq"))]
+        if able:
+            i = w.pick(*able)
+            w.inputs[i] = replace(w.inputs[i], poison=w.pick(math.nan, math.inf, -math.inf))

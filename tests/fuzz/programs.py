@@ -1,0 +1,466 @@
+"""A Hypothesis strategy that writes attention programs: real source, one spelling drawn for every decision in it.
+
+A program is written in the order in which a model computes: how q, k and v come in, where the scale sits, the product, masks and
+score functions one after the other, the softmax, dropout, the second product, and what becomes of the output. Each decision is
+a draw; the text is what is compiled, and what is printed when a test fails: `Written.script` runs alone.
+"""
+
+from __future__ import annotations
+
+import linecache
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from fuzz.inputs import Input, make
+from fuzz.masks import MaskWriter
+
+__all__ = ["Sizes", "Written", "programs"]
+
+DECISIONS = 160  # few programs take more; from there on every decision is the simplest
+LENGTHS = (1, 2, 3, 5, 7, 16, 17, 31, 33, 63)
+LONG_LENGTHS = (64, 65, 127, 129, 160, 197)
+HEAD_DIMS = (1, 3, 8, 16, 24, 40, 72)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the attention; lead: the dims before (query, key) of the scores as the code has them."""
+
+    b: int
+    h: int
+    hkv: int
+    n: int
+    m: int
+    d: int
+    dv: int
+    lead: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Written:
+    """A program and how to run it.
+
+    fused: whether the pass has to fuse it; None where either is right. dropout: its rate; 0 for none.
+    """
+
+    source: str
+    inputs: tuple[Input, ...]
+    dtype: torch.dtype
+    fused: bool | None
+    dynamic: bool
+    inner: str
+    seed: int
+    dropout: float
+
+    def build(self, **names: Any) -> Callable[..., Any]:
+        """The function that the source defines; `names` replaces what it imports (``F``)."""
+        file = f"<fuzz {abs(hash(self.source)):x}>"
+        linecache.cache[file] = (len(self.source), None, self.source.splitlines(True), file)
+        space: dict[str, Any] = {"torch": torch, "F": torch.nn.functional, **names}
+        exec(compile(self.source, file, "exec"), space)
+        return space["attention"]
+
+    def make(self, seed: int | None = None) -> list[torch.Tensor]:
+        return make(self.inputs, self.dtype, self.seed if seed is None else seed)
+
+    @property
+    def script(self) -> str:
+        """Python that runs the check on this program alone, from the folder of the tests."""
+        shown = [f"Input({', '.join(f'{f.name}={getattr(x, f.name)!r}' for f in fields(x) if f.default != getattr(x, f.name))})" for x in self.inputs]
+        return (
+            "import torch\nfrom math import inf, nan\nfrom fuzz.inputs import Input\nfrom fuzz.judge import check\n"
+            f'from fuzz.programs import Written\n\nSOURCE = """\n{self.source}"""\nINPUTS = (\n    '
+            + ",\n    ".join(shown)
+            + f",\n)\ncheck(Written(SOURCE, INPUTS, {self.dtype}, fused={self.fused}, dynamic={self.dynamic}, "
+            f"inner={self.inner!r}, seed={self.seed}, dropout={self.dropout}))\n"
+        )
+
+    def __repr__(self) -> str:
+        return "\n" + self.script
+
+
+class Writer:
+    """Draws and writes one program. Methods are called in the order of the program."""
+
+    def __init__(self, decisions: bytes) -> None:
+        self.decisions, self.lines, self.inputs = iter(decisions), [], []
+        self.dtype: torch.dtype = self.pick(*[torch.float32] * 6, *[torch.bfloat16] * 3, torch.float16, torch.float64)
+        self.half = self.dtype in (torch.bfloat16, torch.float16)
+        self.wide = False  # scores of a half-precision program that have become fp32
+        self.dynamic = self.pick(False, False, False, True)
+        self.s = self._sizes()
+        self.masks = MaskWriter(self)
+
+    # ------------------------------------------------------------ decisions
+
+    def pick(self, *choices: Any) -> Any:
+        """One of the choices; the first is the simplest."""
+        return choices[next(self.decisions, 0) * len(choices) >> 8]
+
+    def chance(self, percent: int) -> bool:
+        """True for about `percent` of a hundred; the simplest program has False."""
+        return next(self.decisions, 0) * 100 >= (100 - percent) << 8
+
+    def shuffled(self, length: int) -> tuple[int, ...]:
+        rest = list(range(length))
+        return tuple(rest.pop(self.pick(*range(len(rest)))) for _ in range(length))
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+    def input(self, name: str, *shape: int, **options: Any) -> str:
+        if any(x.name == name for x in self.inputs):
+            name = f"{name}{len(self.inputs)}"
+        options.setdefault("grad", options.get("kind", "normal") == "normal" and self.chance(70))
+        if len(shape) > 1 and self.chance(20):
+            options["order"] = self.shuffled(len(shape))
+        self.inputs.append(Input(name, shape, **options))
+        return name
+
+    def _sizes(self) -> Sizes:
+        lengths = LONG_LENGTHS if self.chance(12) else LENGTHS
+        n = self.pick(*lengths)
+        m = n if self.chance(50) else self.pick(*lengths)
+        long = max(n, m) > 63
+        b, hkv = self.pick(1, 2) if long else self.pick(1, 2, 3), self.pick(1, 2) if long else self.pick(1, 2, 3)
+        group = self.pick(1, 1, 1, 2, 3)
+        d = self.pick(*HEAD_DIMS)
+        return Sizes(b, hkv * group, hkv, n, m, d, d if self.chance(60) else self.pick(*HEAD_DIMS))
+
+    def resize(self, **sizes: Any) -> None:
+        self.s = Sizes(**{**self.s.__dict__, **sizes})
+
+    # ------------------------------------------------------------ q, k, v
+
+    def operands(self) -> None:
+        layouts = ("four", "bnhd", "three", "merged", "two", "five", "hidden", "packed", "projected")
+        layout = self.pick(*layouts)
+        getattr(self, f"_{layout}")()
+        self.line("n, m, d = q.shape[-2], k.shape[-2], q.shape[-1]")
+        if self.chance(10):
+            which = self.pick("q", "k", "v")
+            self.line(f"{which} = {which}.{self.pick('contiguous()', 'clone()')}")
+
+    def _scale_of_inputs(self) -> float:
+        return self.pick(1.0, 1.0, 1.0, 4.0, 0.0625)
+
+    def _four(self) -> None:
+        s = self.s
+        extra = self.pick(0, 0, 0, 1, 5)  # the head dim as a slice: rows further apart than their length
+        for name, h, rows, d in (("q", s.h, s.n, s.d), ("k", s.hkv, s.m, s.d), ("v", s.hkv, s.m, s.dv)):
+            self.input(name, s.b, h, rows, d + extra, scale=self._scale_of_inputs())
+            if extra:
+                self.line(f"{name} = {name}[..., {self.pick(f':{d}', f'{extra}:')}]")
+        self._groups()
+
+    def _bnhd(self) -> None:
+        s = self.s
+        for name, h, rows, d in (("q", s.h, s.n, s.d), ("k", s.hkv, s.m, s.d), ("v", s.hkv, s.m, s.dv)):
+            self.input(name, s.b, rows, h, d, scale=self._scale_of_inputs())
+            self.line(f"{name} = {name}.{self.pick('transpose(1, 2)', 'permute(0, 2, 1, 3)', 'swapaxes(1, 2)')}")
+        self._groups()
+
+    def _three(self) -> None:
+        s, size = self.s, self.s.b * self.s.h
+        for name, rows, d in (("q", s.n, s.d), ("k", s.m, s.d), ("v", s.m, s.dv)):
+            self.input(name, size, rows, d, scale=self._scale_of_inputs())
+        self.resize(lead=(size,))
+
+    def _merged(self) -> None:
+        """(B, N, H D) to (B H, N, D), as BART does it."""
+        s = self.s
+        for name, rows, d in (("q", s.n, s.d), ("k", s.m, s.d), ("v", s.m, s.dv)):
+            self.input(name, s.b, rows, s.h * d, scale=self._scale_of_inputs())
+            self.line(f"{name} = {name}.view({s.b}, -1, {s.h}, {d}).transpose(1, 2).reshape({s.b * s.h}, -1, {d})")
+        self.resize(lead=(s.b * s.h,))
+
+    def _two(self) -> None:
+        s = self.s
+        for name, rows, d in (("q", s.n, s.d), ("k", s.m, s.d), ("v", s.m, s.dv)):
+            self.input(name, rows, d, scale=self._scale_of_inputs())
+        self.resize(lead=())
+
+    def _five(self) -> None:
+        s, outer = self.s, self.pick(1, 2)
+        for name, rows, d in (("q", s.n, s.d), ("k", s.m, s.d), ("v", s.m, s.dv)):
+            self.input(name, s.b, outer, s.hkv, rows, d, scale=self._scale_of_inputs())
+        self.resize(lead=(s.b, outer, s.hkv))
+
+    def _hidden(self) -> None:
+        s = self.s
+        for name, h, rows, d in (("q", s.h, s.n, s.d), ("k", s.hkv, s.m, s.d), ("v", s.hkv, s.m, s.dv)):
+            self.input(name, s.b, rows, h * d, order=None, scale=self._scale_of_inputs())
+            view = self.pick(f"view({s.b}, -1, {h}, {d})", f"unflatten(-1, ({h}, {d}))", f"reshape({s.b}, -1, {h}, {d})")
+            view = view.replace("view", "reshape") if self.inputs[-1].order else view
+            self.line(f"{name} = {name}.{view}.transpose(1, 2)")
+        self._groups()
+
+    def _packed(self) -> None:
+        s = self.s
+        self.resize(m=s.n, dv=s.d, hkv=s.h, lead=(s.b, s.h))
+        self.input("x", s.b, s.n, 3 * s.h * s.d, scale=self._scale_of_inputs())
+        shape = f"{s.b}, -1, {s.h}, {s.d}"
+        form = self.pick("chunk", "split", "unbind", "permute", "slice")
+        if form in ("chunk", "split"):
+            self.line(f"q, k, v = x.{'chunk(3, dim=-1)' if form == 'chunk' else f'split({s.h * s.d}, dim=2)'}")
+            self.line(f"q, k, v = (t.reshape({shape}).transpose(1, 2) for t in (q, k, v))")
+        elif form == "slice":
+            w = s.h * s.d
+            self.line(f"q, k, v = x[..., :{w}], x[..., {w}:{2 * w}], x[..., {2 * w}:]")
+            self.line(f"q, k, v = q.reshape({shape}).transpose(1, 2), k.reshape({shape}).transpose(1, 2), v.reshape({shape}).transpose(1, 2)")
+        elif form == "unbind":
+            self.line(f"q, k, v = x.reshape({s.b}, -1, 3, {s.h}, {s.d}).transpose(1, 3).unbind(2)")
+        else:
+            self.line(f"q, k, v = x.reshape({s.b}, -1, 3, {s.h}, {s.d}).permute(2, 0, 3, 1, 4)")
+
+    def _projected(self) -> None:
+        s, e = self.s, self.pick(1, 8, 20)
+        self.input("x", s.b, s.n, e)
+        source = "x" if s.n == s.m else self.input("y", s.b, s.m, e)
+        for name, of, h, d in (("q", "x", s.h, s.d), ("k", source, s.hkv, s.d), ("v", source, s.hkv, s.dv)):
+            weight = self.input(f"w{name}", h * d, e, scale=e**-0.5)
+            self.line(f"{name} = F.linear({of}, {weight}).view({s.b}, -1, {h}, {d}).transpose(1, 2)")
+        self._groups()
+
+    def _groups(self) -> None:
+        """Grouped kv heads: repeated in one of the usual ways, or left for the product to broadcast."""
+        s = self.s
+        group = s.h // s.hkv
+        self.resize(lead=(s.b, s.h))
+        if group == 1:
+            return
+        ways = ["repeat", "expand", "einsum"] + ["broadcast"] * (s.hkv == 1)
+        way = self.pick(*ways)
+        if way == "broadcast":
+            return
+        if way == "einsum":  # (B, Hkv, G, N, D) against (B, Hkv, 1, M, D)
+            self.line(f"q, k, v = q.unflatten(1, ({s.hkv}, {group})), k.unsqueeze(2), v.unsqueeze(2)")
+            self.resize(lead=(s.b, s.hkv, group))
+            return
+        for name in ("k", "v"):
+            if way == "repeat":
+                self.line(f"{name} = {name}.repeat_interleave({group}, dim=1)")
+            else:
+                self.line(f"{name} = {name}[:, :, None].expand(-1, -1, {group}, -1, -1).reshape({s.b}, {s.h}, -1, {name}.shape[-1])")
+
+    # ------------------------------------------------------------ the scores
+
+    def scores(self) -> None:
+        s, after = self.s, ""
+        place = self.pick("scores", "query", "key", "both", "none", "divide", "shape", "tensor", "heads", "alpha")
+        value = self.pick(0.125, 0.5, 1.0, -0.3)
+        if place == "query":
+            self.line(self.pick(f"q = q * {value}", f"q = {value} * q", f"q = q / {1 / value!r}"))
+        elif place == "key":
+            self.line(f"k = k * {value}")
+        elif place == "both":
+            self.line(self.pick("q, k = q * d**-0.25, k * d**-0.25", f"q, k = q / {s.d}**0.25, k / {s.d}**0.25"))
+        elif place == "scores":
+            after = self.pick(f"s = s * {value}", f"s = {value} * s", f"s *= {value}", f"s = s.mul({value})", f"s = torch.mul(s, {value})")
+        elif place == "divide":
+            after = self.pick(f"s = s / {1 / value!r}", f"s = s.div({1 / value!r})", f"s /= {1 / value!r}")
+        elif place == "shape":
+            after = self.pick("s = s / d**0.5", "s = s * d**-0.5", "s = s * (1.0 / d**0.5)")
+        elif place == "tensor":
+            x = self.input("scale", *self.pick((), (1,)), scale=0.5, dtype=self.dtype)
+            after = f"s = s * {x}"
+        elif place == "heads" and s.lead:
+            x = self.input("scale", s.lead[-1], 1, 1, scale=0.5)
+            after = f"s = s * {x}"
+        three = len(s.lead) == 1
+        if place == "alpha" and three:
+            self._baddbmm(value)
+        else:
+            forms = ["q @ k.mT", "torch.matmul(q, k.transpose(-2, -1))", "q.matmul(k.transpose(-1, -2))",
+                     "torch.einsum('...qd,...kd->...qk', q, k)", "(k @ q.mT).mT", "q @ k.movedim(-1, -2)"]  # fmt: skip
+            forms += ["torch.bmm(q, k.transpose(1, 2))"] * 2 * three
+            forms += ["torch.einsum('bhid,bhjd->bhij', q, k)"] * 2 * (len(s.lead) == 2 and s.lead == (s.b, s.h) and self._same_heads())
+            self.line(f"s = {self.pick(*forms)}")
+        if after:
+            self.line(after)
+
+    def _same_heads(self) -> bool:
+        return self.s.h == self.s.hkv
+
+    def _baddbmm(self, value: float) -> None:
+        s = self.s
+        if self.chance(50):
+            empty = f"torch.empty({s.lead[0]}, n, m, dtype=q.dtype)"
+            self.line(f"s = torch.baddbmm({empty}, q, k.transpose(1, 2), beta=0, alpha={value})")
+        else:
+            bias = self.input("bias", self.pick(1, s.lead[0]), self.pick(1, s.n), s.m, scale=0.5)
+            self.line(f"s = torch.baddbmm({bias}, q, k.transpose(1, 2), beta={self.pick(1, 0.5)}, alpha={value})")
+
+    def functions(self) -> None:
+        """Masks and pointwise functions, up to three of them, in any order."""
+        for _ in range(self.pick(0, 1, 1, 2, 3)):
+            kind = self.pick("mask", "mask", "mask", "bias", "factor", "softcap", "alibi", "table", "clamp", "pointwise", "float")
+            getattr(self, f"_do_{kind}")()
+
+    def _do_mask(self) -> None:
+        self.masks.mask()
+
+    def broadcast(self, *, rows: bool = True) -> tuple[int, ...]:
+        """A shape that broadcasts to the scores: each dim whole or 1, leading ones perhaps left away."""
+        shape = [x if self.chance(50) else 1 for x in (*self.s.lead, self.s.n, self.s.m)]
+        if not rows:
+            shape[-2] = 1
+        shape[-1] = self.s.m if self.chance(80) else shape[-1]
+        while len(shape) > 1 and shape[0] == 1 and self.chance(50):
+            shape = shape[1:]
+        return tuple(shape)
+
+    def float_input(self, name: str, *shape: int, **options: Any) -> str:
+        """A float tensor for the scores, at times wider than they are."""
+        wide = self.half and self.chance(25)
+        if wide and shape:
+            self.wide = True
+        return self.input(name, *shape, dtype=torch.float32 if wide else None, **options)
+
+    def _do_bias(self) -> None:
+        bias = self.float_input("bias", *self.broadcast())
+        self.line(self.pick(f"s = s + {bias}", f"s = {bias} + s", f"s = torch.add(s, {bias}, alpha=0.5)", f"s = s - {bias}"))
+
+    def _do_factor(self) -> None:
+        factor = self.float_input("factor", *self.broadcast())
+        self.line(self.pick(f"s = s * {factor}", f"s = {factor} * s"))
+
+    def _do_softcap(self) -> None:
+        cap = self.pick(2.0, 5.0, 30.0)
+        self.line(f"s = {cap} * torch.tanh(s / {cap})")
+
+    def _do_alibi(self) -> None:
+        heads = self.s.lead[-1:]
+        slopes = self.float_input("slopes", *heads, *((1, 1) if heads else ()), scale=0.1)
+        self.line(f"s = s + {slopes} * ({self.masks.columns()} - {self.masks.rows()})")
+
+    def _do_table(self) -> None:
+        """T5: a learned table, read at the distance of query and key."""
+        heads = self.s.lead[-1] if self.s.lead else 1
+        table = self.input("table", 2 * max(self.s.n, self.s.m), heads)
+        distance = f"({self.masks.columns()} - {self.masks.rows()} + {max(self.s.n, self.s.m)})"
+        self.line(f"relative = {table}[{distance}].permute(2, 0, 1)" + ("" if self.s.lead else "[0]"))
+        self.line("s = s + relative")
+
+    def _do_clamp(self) -> None:
+        self.line(self.pick("s = s.clamp(-2.0, 3.0)", "s = s.clamp(min=-1.5)", "s = torch.clamp(s, max=2.5)"))
+
+    def _do_pointwise(self) -> None:
+        f = self.pick("torch.sigmoid(s)", "s.abs()", "torch.tanh(s)", "F.gelu(s)", "F.silu(s)", "-s", "s * s * 0.25", "F.softplus(s)",
+                      "F.leaky_relu(s, 0.1)", "torch.sin(s)", "F.relu(s)", "s.square() * 0.1", "F.elu(s)", "F.logsigmoid(s)")  # fmt: skip
+        self.line(f"s = {f}")
+
+    def _do_float(self) -> None:
+        if self.half:
+            self.line(self.pick("s = s.float()", "s = s.to(torch.float32)"))
+            self.wide = True
+
+    # ------------------------------------------------------------ softmax, dropout, values
+
+    def softmax(self, dim: int = -1) -> None:
+        dim = dim if self.chance(50) else len(self.s.lead) + 2 + dim
+        forms = [f"F.softmax(s, dim={dim})", f"s.softmax({dim})", f"torch.softmax(s, {dim})", f"torch.nn.Softmax(dim={dim})(s)"]
+        if self.half:
+            forms += [f"F.softmax(s, dim={dim}, dtype=torch.float32)", f"torch.softmax(s.float(), {dim})"]
+        form = self.pick(*forms, "hand") if self.chance(60) else forms[0]
+        self.wide |= "float" in form
+        if form != "hand":
+            self.line(f"p = {form}")
+        else:
+            self._softmax_by_hand(dim)
+        if self.wide and self.half:
+            self.line("p = p." + self.pick("to(v.dtype)", "type_as(v)"))
+        elif self.chance(10):
+            self.line("p = p.to(v.dtype)")
+
+    def _softmax_by_hand(self, dim: int) -> None:
+        top = self.pick(f"s.amax({dim}, keepdim=True)", f"s.max(dim={dim}, keepdim=True).values", f"s.max({dim}, keepdim=True)[0].detach()")
+        if self.chance(20):
+            self.line(f"p = torch.exp(s - torch.logsumexp(s, {dim}, keepdim=True))")
+        elif self.chance(20):
+            self.line(f"p = F.log_softmax(s, {dim}).exp()")
+        else:
+            self.line(f"e = torch.exp(s - {top})")
+            self.line(f"p = e / e.sum({dim}, keepdim=True)")
+
+    def dropout(self) -> float:
+        if not self.chance(15):
+            if self.chance(10):
+                self.line("p = F.dropout(p, 0.3, training=False)")
+            return 0.0
+        rate = self.pick(0.1, 0.5, 0.9)
+        self.line(f"p = F.dropout(p, {rate})")
+        return rate
+
+    def values(self) -> None:
+        forms = ["p @ v", "torch.matmul(p, v)", "torch.einsum('...qk,...kd->...qd', p, v)", "(v.mT @ p.mT).mT"]
+        forms += ["torch.bmm(p, v)"] * 2 * (len(self.s.lead) == 1)
+        self.line(f"out = {self.pick(*forms)}")
+
+    def output(self) -> None:
+        s = self.s
+        form = self.pick("as is", "merge", "gain", "float")
+        if form == "merge" and len(s.lead) == 2:
+            self.line(f"out = out.transpose(1, 2).{self.pick('reshape', 'contiguous().view')}({s.lead[0]}, -1, {s.lead[1] * s.dv})")
+        elif form == "merge" and len(s.lead) == 1:
+            self.line(f"out = out.{self.pick('view', 'reshape')}({s.lead[0]}, -1).sum(0)")
+        elif form == "gain":
+            self.line("out = out * 2 + 1")
+        elif form == "float":
+            self.line("out = out.float()")
+
+    # ------------------------------------------------------------ spoiled programs
+
+    def spoil(self) -> str:
+        """Name of the edit that forbids fusing; it is written by `write` where it belongs."""
+        return self.pick("return p", "return s", "edit", "dim", "row", "sum of p")
+
+
+SPOILED: Mapping[str, tuple[str, str, str]] = {  # before the softmax, after it, what is returned
+    "return p": ("", "", "out, p"),
+    "return s": ("", "", "out, s"),
+    "edit": ("", "p = p * 0.5 + 0.125", "out"),
+    "dim": ("", "", "out"),
+    "row": ("s = s - s.mean(-1, keepdim=True)", "", "out"),
+    "sum of p": ("", "", "out, p.float().square().sum()"),
+}
+
+
+def write(decisions: bytes) -> Written:
+    """The program of these decisions, one byte each; missing ones are 0, the simplest."""
+    w = Writer(decisions)
+    w.operands()
+    w.scores()
+    w.functions()
+    spoiled = w.spoil() if w.chance(8) else ""
+    before, after, returned = SPOILED.get(spoiled, ("", "", "out"))
+    if before:
+        w.line(before)
+    w.softmax(-2 if spoiled == "dim" else -1)
+    if after:
+        w.line(after)
+    dropout = 0.0 if spoiled else w.dropout()
+    w.values()
+    w.output()
+    w.line(f"return {returned}")
+    w.masks.poison(spoiled)
+    if not any(x.grad for x in w.inputs) and w.chance(70):
+        w.inputs[0] = replace(w.inputs[0], grad=True)
+    names = ", ".join(x.name for x in w.inputs)
+    source = f"def attention({names}):\n" + "".join(f"    {x}\n" for x in w.lines)
+    fused = None if spoiled and min(w.s.n, w.s.m) == 1 else not spoiled
+    inner = "aot_eager" if w.chance(25) else "eager"
+    return Written(source, tuple(w.inputs), w.dtype, fused, w.dynamic, inner, w.pick(*range(256)), dropout)
+
+
+def programs() -> st.SearchStrategy[Written]:
+    """Attention programs: nine in ten have to fuse, the others are spoiled by one edit and must be refused.
+
+    All decisions are one draw: Hypothesis repeats parts of an example that it has several draws for, and here most repeats
+    would write the same program again. It shrinks towards zeros, which is the simplest program.
+    """
+    return st.binary(min_size=DECISIONS, max_size=DECISIONS).map(write)
