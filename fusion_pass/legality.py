@@ -45,7 +45,8 @@ def check(shadow: Shadow, match: Match, scores: Scores, *, device: torch.device)
     for name, size in (("queries and keys", q.shape[3]), ("values", v.shape[3])):
         if not _at_most(size, MAX_HEAD_DIM, shadow):
             raise Refused(Reason.HEAD_DIM, f"head dim {size} of the {name}", f"a head dim of at most {MAX_HEAD_DIM}")
-    for capture in scores.captures:
+    tensors = [c for c in scores.captures if isinstance(c, Value)]
+    for capture in tensors:
         if capture.tensor.device != device and capture.tensor.ndim:
             raise Refused(Reason.DEVICE, f"a mask or bias on {capture.tensor.device}, queries on {device}", "one device")
     _check_writes(shadow, match, scores)
@@ -62,7 +63,7 @@ def _at_most(size: sympy.Expr, limit: int, shadow: Shadow) -> bool:
 def _check_writes(shadow: Shadow, match: Match, scores: Scores) -> None:
     """The op reads its inputs where the output stood: nothing may have written them since they were used."""
     end = match.anchor.product.seq
-    read: Iterable[Value] = [match.q.value, match.k.value, match.v.value, *scores.captures]
+    read: Iterable[Value] = [match.q.value, match.k.value, match.v.value, *(c for c in scores.captures if isinstance(c, Value))]
     for value in read:
         if shadow.written_between(value, end):
             raise Refused(Reason.MUTATION, f"{tuple(value.shape)} tensor is written in place between its use and the end of the attention",

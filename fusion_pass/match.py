@@ -65,6 +65,7 @@ class Match:
     k: Factor
     v: Factor
     dropout_p: float = 0.0
+    zero_rows: bool = False  # torch's safe softmax: a row without a key gives zeros
     walked: set[Value] = field(default_factory=set)  # every value between the factors and the output
 
 
@@ -75,7 +76,7 @@ def find_anchors(shadow: Shadow) -> list[Anchor]:
     for record in shadow.records:
         if not _is_softmax(record):
             continue
-        start = record.outputs[0] if record.op.startswith("_softmax") else record.args[0]
+        start = record.outputs[0] if record.op.endswith("_softmax.default") else record.args[0]
         found = _reach(users, start)
         if found is not None:
             anchors.append(Anchor(record, *found))
@@ -96,7 +97,7 @@ def _users(shadow: Shadow) -> dict[Value, list[Record | Value]]:
 
 
 def _is_softmax(record: Record) -> bool:
-    if record.op == "_softmax.default":
+    if record.op in ("_softmax.default", "_safe_softmax.default"):
         return True
     if record.op in ("_log_softmax.default", "logsumexp.default"):
         return True
@@ -180,7 +181,7 @@ class _Matcher:
         probabilities, values = product.args[side], product.args[1 - side]
         at = (*lead, row, key) if side == 0 else (*lead, key, row)
         node, dropout_p = self._probabilities(self.d.element(probabilities, at), key)
-        self.key = node.attr[0]  # pyright: ignore
+        self.key, _, zero_rows = node.attr  # pyright: ignore
         body = node.args[0]
         dot = self._score(body)
         q_chain, k_chain = self._factors(dot)
@@ -198,7 +199,7 @@ class _Matcher:
         walked = self.d.seen | set(chain) | {output, product.outputs[0]}
         for chain_ in (q_chain, k_chain, v_chain):
             walked |= {link[0] for link in chain_}
-        return Match(self.anchor, self.d, output, out_steps, body, dot, self.key, self.query, batch, heads, q, k, v, dropout_p, walked)
+        return Match(self.anchor, self.d, output, out_steps, body, dot, self.key, self.query, batch, heads, q, k, v, dropout_p, zero_rows, walked)
 
     # ------------------------------------------------------------ axes
 

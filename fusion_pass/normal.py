@@ -19,7 +19,7 @@ __all__ = ["as_softmax"]
 
 
 def as_softmax(d: Describer, node: Node, position: sympy.Symbol) -> Node | None:
-    """`node` as softmax (arg: the scores over the bound axis; attr: axis, position), or None where it is no softmax.
+    """`node` as softmax (arg: the scores over the bound axis; attr: axis, position, zero_rows), or None where it is no softmax.
 
     position: the axis along which the probabilities are read.
     """
@@ -58,4 +58,4 @@ def _matched(d: Describer, at: Node, body: Node, axis: sympy.Symbol, position: s
         return None
     while body.op == "sub" and axis not in symbols_of(body.args[1]):
         body = body.args[0]  # softmax(x - c) = softmax(x)
-    return Node.make("softmax", body, attr=(axis, position), kind="float")
+    return Node.make("softmax", body, attr=(axis, position, False), kind="float")

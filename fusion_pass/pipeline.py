@@ -18,7 +18,7 @@ from .formula import formula, mask_facts
 from .inline import OPENED, copy_graph, inline
 from .match import Anchor, Factor, Match, find_anchors, match
 from .rewrite import Splicer
-from .scores import Scores, scores
+from .scores import Number, Scores, scores
 from .shadow import Shadow, Value, meta_value, trace
 from .site import AttentionSite, Operand, Reason, Refused, Site, Verdict
 
@@ -153,19 +153,25 @@ class _Run:
         return kernel
 
     def _describe(self, found: Match, score: Scores) -> AttentionSite:
-        names = [_name(c) for c in score.captures]
+        names = [_name(c) if isinstance(c, Value) else str(c.expr) for c in score.captures]
         return AttentionSite(
             q=_operand(found.q),
             k=_operand(found.k),
             v=_operand(found.v),
             program=score.program,
-            captures=tuple(Operand(tuple(c.shape), c.dtype, _requires_grad(c), n) for c, n in zip(score.captures, names, strict=True)),
+            captures=tuple(_captured(c, n) for c, n in zip(score.captures, names, strict=True)),
             dropout_p=found.dropout_p,
             formula=formula(score.program, names, [str(e) for e in score.params]),
             mask=mask_facts(score.program, names, [str(e) for e in score.params]),
             device=legality.site_device(found),
             bytes_saved=legality.bytes_saved(found),
         )
+
+
+def _captured(what: Value | Number, name: str) -> Operand:
+    if isinstance(what, Number):
+        return Operand((), torch.float32, False, name)
+    return Operand(tuple(what.shape), what.dtype, _requires_grad(what), name)
 
 
 def _operand(factor: Factor) -> Operand:

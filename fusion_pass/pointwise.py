@@ -96,6 +96,8 @@ _FLOAT_FUNCTIONS = {
 def _float_expr(expr: sympy.Expr) -> Node:
     if expr.is_number:
         return const(float(expr))
+    if expr.is_Symbol and not expr.is_integer:
+        return Node.make("number", attr=expr, kind="float")
     name = type(expr).__name__
     if expr.is_integer and not expr.has(sympy.Float):
         return to_float(sym(expr))
@@ -113,7 +115,7 @@ def _float_expr(expr: sympy.Expr) -> Node:
         for a in args[1:]:
             result = apply("mul" if expr.is_Mul else "add", result, a)
         return result
-    raise NotImplementedError(f"the symbolic number {expr} in a score")
+    return Node.make("number", attr=expr, kind="float")  # read at run time
 
 
 # ---------------------------------------------------------------- arithmetic
@@ -370,7 +372,7 @@ def _reduction(op: str) -> Rule:
     return rule
 
 
-def _softmax(op: str) -> Rule:
+def _softmax(op: str, zero_rows: bool = False) -> Rule:
     def rule(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
         x, dim = record.args[0], record.args[1]
         if not x.shape:
@@ -378,7 +380,7 @@ def _softmax(op: str) -> Rule:
         dim %= len(x.shape)
         axis = d.bound_axis(record, x.shape[dim], "k")
         inner = [*index[:dim], axis, *index[dim + 1 :]]
-        return Node.make(op, to_float(d.element(x, inner)), attr=(axis, index[dim]), kind="float")
+        return Node.make(op, to_float(d.element(x, inner)), attr=(axis, index[dim], zero_rows), kind="float")
 
     return rule
 
@@ -459,6 +461,7 @@ RULES: dict[str, Rule] = {
     "copy": _first,
     "_to_copy": _to_copy,
     "_softmax": _softmax("softmax"),
+    "_safe_softmax": _softmax("softmax", zero_rows=True),
     "_log_softmax": _softmax("log_softmax"),
     "amax": _reduction("amax"),
     "max.dim": _reduction("amax"),

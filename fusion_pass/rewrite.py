@@ -19,7 +19,7 @@ from .indexing import Div, Mod, expr_of
 from .layout import Step
 from .liveness import live_nodes
 from .match import Factor, Match
-from .scores import Scores
+from .scores import Number, Scores
 from .shadow import Shadow, Value, meta_value
 from .site import Reason, Refused
 
@@ -48,7 +48,7 @@ class Splicer:
         target = match.output.node
         if target is None:
             raise Refused(Reason.NO_VALUES, "the product with the values lies inside a composite call", "a call of its own")
-        reads = [match.q.value, match.k.value, match.v.value, *scores.captures]
+        reads = [match.q.value, match.k.value, match.v.value, *(c for c in scores.captures if isinstance(c, Value))]
         self._check_unused(match, target, reads)
         before = len(self.added)
         try:
@@ -70,7 +70,7 @@ class Splicer:
     def _insert(self, match: Match, scores: Scores, target: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node]:
         with self.gm.graph.inserting_before(target):
             q, k, v = (self._factor(f) for f in (match.q, match.k, match.v))
-            captures = [self._held(c) for c in scores.captures]
+            captures = [self._held(c) if isinstance(c, Value) else self._number(c, q) for c in scores.captures]
             params = [self.size(e) for e in scores.params]
             seed = None
             if match.dropout_p:
@@ -156,6 +156,16 @@ class Splicer:
         args, kwargs = torch.utils._pytree.tree_map_only(torch.SymInt, lambda s: self.size(expr_of(s)), (args, kwargs))
         node = self.call(record.func, *args, **kwargs)
         return node if len(record.outputs) == 1 else self.call(operator.getitem, node, value.output)
+
+    def _number(self, number: Number, like: torch.fx.Node) -> torch.fx.Node:
+        """A 0-d tensor from the node that computes a symbolic float."""
+        for node in self.gm.graph.nodes:
+            value = meta_value(node)
+            if isinstance(value, torch.SymFloat) and sympy.sympify(value.node.expr) == number.expr:
+                q = meta_value(like)
+                dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+                return self.call(torch.scalar_tensor, node, dtype=dtype, device=q.device)
+        raise Refused(Reason.NOT_EXPRESSIBLE, f"the number {number.expr} is in no node of the graph", "a number of the graph")
 
     def _factor(self, factor: Factor) -> torch.fx.Node:
         node = self._held(factor.value)

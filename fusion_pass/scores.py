@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
+import torch
 from fusion_kernels import program as p
 from fusion_kernels.program import Capture, Node, Program, apply, const, postorder
 
@@ -20,10 +21,17 @@ from .match import Match
 from .shadow import Value
 from .site import Reason, Refused
 
-__all__ = ["Scores", "scores"]
+__all__ = ["Number", "Scores", "scores"]
 
 MAX_RANK = 6
 MAX_NODES = 1500
+
+
+@dataclass(frozen=True)
+class Number:
+    """A symbolic float of the graph (an attribute of a module under dynamic shapes): read as a 0-d tensor made from it."""
+
+    expr: sympy.Expr
 
 
 @dataclass
@@ -31,7 +39,7 @@ class Scores:
     """A score program and what it reads: tensors, and integer parameters as expressions over shape symbols."""
 
     program: Program
-    captures: list[Value]
+    captures: list[Value | Number]
     params: list[sympy.Expr]
 
 
@@ -48,7 +56,7 @@ def scores(match: Match) -> Scores:
 class _Writer:
     def __init__(self, match: Match) -> None:
         self.m, self.axes = match, match.describer.axes
-        self.captures: list[Value] = []
+        self.captures: list[Value | Number] = []
         self.params: list[sympy.Expr] = []
         self.done: dict[Node, Node] = {}
         self.index: dict[sympy.Symbol, Node] = {match.query: p.index("q"), match.axis: p.index("k")}
@@ -67,7 +75,7 @@ class _Writer:
         kinds = {n.attr: n.kind for n in postorder(root) if n.op == "load"}
         ranks = {n.attr: len(n.args) for n in postorder(root) if n.op == "load"}
         captures = tuple(Capture(kinds[i], ranks[i]) for i in range(len(self.captures)))
-        return Scores(Program(root, captures, len(self.params)), self.captures, self.params)
+        return Scores(Program(root, captures, len(self.params), self.m.zero_rows), self.captures, self.params)
 
     def _mixed_radix(self, axes: list[sympy.Symbol], whole: Node) -> dict[sympy.Symbol, Node]:
         """Each axis of a merged index: ``(whole // below) % size``."""
@@ -113,9 +121,11 @@ class _Writer:
             return node
         if node.op == "sym":
             return self.integer(node.attr)  # pyright: ignore
+        if node.op == "number":
+            return self._captured(Number(node.attr), [])  # pyright: ignore
         if self._reads_score(node):
             return apply(node.op, *map(self.write, node.args))
-        if not any(n.op in ("value", "dot", *REDUCTIONS, "dropout") for n in postorder(node)):
+        if not any(n.op in ("value", "dot", "number", *REDUCTIONS, "dropout") for n in postorder(node)):
             return apply(node.op, *map(self.write, node.args))  # made of positions alone
         reads = symbols_of(node)
         if self.m.axis in reads and self.m.query in reads and node.args and node.op not in REDUCTIONS and node.op != "dropout":
@@ -144,11 +154,15 @@ class _Writer:
                           "a pointwise function of q.k")  # fmt: skip
         held = [(v, i) for v, i in held if v not in self.descended]
         value, index = min(held, key=lambda h: _weight(h[0]))
-        if value not in self.captures:
-            self.captures.append(value)
-        kind = "bool" if str(value.dtype) == "torch.bool" else "float" if value.dtype.is_floating_point else "int"
-        loaded = p.load(self.captures.index(value), kind, [self.integer(e) for e in index])
-        return apply("to_bool", loaded) if node.kind == "bool" and kind != "bool" else loaded
+        loaded = self._captured(value, [self.integer(e) for e in index])
+        return apply("to_bool", loaded) if node.kind == "bool" and loaded.kind != "bool" else loaded
+
+    def _captured(self, what: Value | Number, index: list[Node]) -> Node:
+        if what not in self.captures:
+            self.captures.append(what)
+        dtype = torch.float32 if isinstance(what, Number) else what.dtype
+        kind = "bool" if dtype == torch.bool else "float" if dtype.is_floating_point else "int"
+        return p.load(self.captures.index(what), kind, index)
 
     def integer(self, expr: Any) -> Node:
         """A sympy index expression as integer nodes; parts without axes are parameters, computed on the host."""

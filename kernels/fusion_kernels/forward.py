@@ -84,7 +84,7 @@ def _forward(
     q, k, v, out, lse, seed, aux, q_strides, k_strides, v_strides, out_strides, B, H, N, M, group, limit, scale, revisit,
     BOUNDS: tl.constexpr, SCORE: tl.constexpr, FACTOR: tl.constexpr, WIDE: tl.constexpr,
     FULL_SCORE: tl.constexpr, FULL_FACTOR: tl.constexpr, FULL_WIDE: tl.constexpr,
-    REVISIT: tl.constexpr, DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, ALIGN: tl.constexpr,
+    REVISIT: tl.constexpr, ZERO_ROWS: tl.constexpr, DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -157,10 +157,13 @@ def _forward(
             )  # fmt: skip
 
     share = scale / total
+    value = tl.fma(peak, LOG2E, 0.0) + tl.math.log2(total)
+    if ZERO_ROWS:  # lse = +inf makes 2^(x - lse) = 0 in the backward
+        share = tl.where(total == 0.0, 0.0, share)
+        value = tl.where(total == 0.0, float("inf"), value)
     store_rows(out, acc0 * share[:, None], q_start, N, out_strides[2], out_strides[3], 0, V0, DV, BLOCK_M)
     if V1 > 0:
         store_rows(out, acc1 * share[:, None], q_start, N, out_strides[2], out_strides[3], V0, V1, DV, BLOCK_M)
-    value = tl.fma(peak, LOG2E, 0.0) + tl.math.log2(total)
     tl.store(lse + tl.cast(b * H + h, tl.int64) * N + rows, value, mask=rows < N)
 
 
@@ -323,7 +326,7 @@ def _plan(
     constants = (
         qs, ks, vs, os, B, H, N, M, H // k.shape[1], threshold(dropout_p), keep_scale(dropout_p), found.floor,
         found.kv_bounds, masked.score, masked.factor, masked.wide, full.score, full.factor, full.wide,
-        found.revisit, dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align,
+        found.revisit, program.zero_rows, dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align,
         D, D0, D1, DV, V0, V1, tile.block_m, tile.block_n, precision(q.dtype), tma,
     )  # fmt: skip
     launch = Launch(_forward, triton.cdiv(N, tile.block_m) * B * H, constants, tile.warps, tile.stages)

@@ -236,17 +236,21 @@ class Capture:
 
 @dataclass(frozen=True)
 class Program:
-    """A score program: the result node, what it captures, and how many integer parameters it reads."""
+    """A score program: the result node, what it captures, and how many integer parameters it reads.
+
+    zero_rows: a row whose scores are all -inf gives zeros, with lse = +inf, as torch's safe softmax; otherwise NaN, as softmax.
+    """
 
     root: Node
     captures: tuple[Capture, ...] = ()
     params: int = 0
+    zero_rows: bool = False
 
     @cached_property
     def text(self) -> str:
         """The canonical text: two programs that compute the same expression from the same captures have the same text."""
         lines = ["captures " + " ".join(f"{c.kind}[{c.rank}]" for c in self.captures) if self.captures else "captures"]
-        lines.append(f"params {self.params}")
+        lines.append(f"params {self.params}" + (" zero_rows" if self.zero_rows else ""))
         names: dict[Node, str] = {}
         for node in postorder(self.root):
             parts = [node.op]
@@ -263,7 +267,7 @@ class Program:
         return tuple(n for n in postorder(self.root) if n.op == "load")
 
     def with_root(self, root: Node) -> Program:
-        return Program(root, self.captures, self.params)
+        return Program(root, self.captures, self.params, self.zero_rows)
 
 
 def postorder(*roots: Node) -> Iterator[Node]:
@@ -336,7 +340,7 @@ def parse(text: str) -> Program:
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(f"fusion_kernels: cannot read {line!r} of a score program: {error}") from error
     assert last is not None
-    return Program(last, tuple(captures), int(lines[1].split()[1]))
+    return Program(last, tuple(captures), int(lines[1].split()[1]), lines[1].endswith(" zero_rows"))
 
 
 def load(capture: int, kind: str, index: Iterable[Node]) -> Node:

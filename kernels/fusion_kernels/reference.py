@@ -122,7 +122,11 @@ def _dense_softmax(env: Environment, program: Program) -> tuple[torch.Tensor, to
     """Probabilities (B, H, N, M) and base-2 log-sum-exp (B, H, N)."""
     assert env.score is not None
     x = as_tensor(evaluate([program.root], env)[0], env).expand(env.score.shape)
-    return torch.softmax(x, -1), torch.logsumexp(x.detach(), -1) * LOG2E
+    p, lse = torch.softmax(x, -1), torch.logsumexp(x.detach(), -1) * LOG2E
+    if not program.zero_rows:
+        return p, lse
+    empty = lse == -math.inf
+    return p.masked_fill(empty.unsqueeze(-1), 0.0), lse.masked_fill(empty, math.inf)
 
 
 def dropout_factor(box: Box, p: float, seed: torch.Tensor | None, env: Environment) -> torch.Tensor:

@@ -132,6 +132,11 @@ class _Row:
     total: torch.Tensor  # (b, h, rows, 1)
     out: torch.Tensor  # (b, h, rows, Dv), not yet divided
 
+    def spare(self) -> None:
+        """Rows that met nothing but -inf give zeros rather than 0 / 0, and weigh exp(x - inf) = 0 in the backward."""
+        empty = self.m == -math.inf
+        self.m, self.total = self.m.masked_fill(empty, math.inf), self.total.masked_fill(empty, 1.0)
+
 
 def _scores(p: _Problem, q: torch.Tensor, k: torch.Tensor, box: Box, program: Program) -> tuple[Environment, torch.Tensor]:
     """x over a tile, (b, h, rows, keys), and the values that it was computed from."""
@@ -189,6 +194,8 @@ def tiled_forward(
             if row is None or (p.fill > -math.inf and not p.complete(row.m, nan=False)):
                 row = _visit(p, q_, keys, values, p.keys(box, skip=False))
             assert row is not None
+            if program.zero_rows:
+                row.spare()
             out[here] = row.out.div_(row.total)
             lse[here] = (row.total.log_() + row.m).squeeze(-1).mul_(LOG2E)
 
@@ -250,12 +257,16 @@ def _backward_rows(
         parts = p.keys(box, skip=False)  # a masked or NaN row gives every key its share of the gradient
         single = None
         row = _visit(p, q, k, v, parts) if len(parts) > 1 else None
+    if row is not None and p.program.zero_rows:
+        row.spare()
     delta = None if row is None else (do * row.out).sum(-1, keepdim=True).div_(row.total)
     dq = torch.zeros_like(q)
     for part, program in parts:
         keys = slice(*part.k)
         env, x = single or _scores(p, q, k, part, program)
         prob = torch.softmax(x, -1) if row is None else (x - row.m).exp_().div_(row.total)
+        if row is None and p.program.zero_rows:
+            prob = prob.masked_fill((x == -math.inf).all(-1, keepdim=True), 0.0)
         keep = p.dropout(env)
         dv[:, :, keys] += torch.matmul(p.fold(prob if keep is None else prob * keep).mT, p.fold(do))
         dp = p.unfold(torch.matmul(p.fold(do), v[:, :, keys].mT))
