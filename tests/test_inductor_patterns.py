@@ -122,7 +122,7 @@ def test_bfloat16(name: str) -> None:
     """Not among the module's variants, but what its users run: the first half variant of each function in bf16."""
     variant = next(v for v, entry in VARIANTS.items() if entry["fn"] == name and entry["args"][0].dtype == torch.float16)
     fn, inputs = prepare(variant, dropout=0.0)
-    inputs = [x.detach().bfloat16().requires_grad_(x.requires_grad) if x.dtype == torch.float16 else x for x in inputs]
+    inputs = [x.detach().bfloat16().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs]
     recorder = Recorder("aot_eager")
     eager = run(fn, inputs)
     fused = run(compile_always(fn, recorder), inputs)

@@ -15,6 +15,9 @@ import fusion_pass
 
 transformers = pytest.importorskip("transformers")
 
+# Dynamo looks at .grad of what a graph break hands over (whisper and opt draw for layer drop); the warning is its own.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
 BATCH, LENGTH, VOCABULARY = 2, 37, 101
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
 
@@ -211,9 +214,9 @@ def prepare(name: str, *, padded: bool = False, dropout: float = 0.0, training: 
     return call.train(training), list(given.values())
 
 
-def fuse(call: Call, **options: Any) -> tuple[Callable[..., Any], Recorder]:
+def fuse(call: Call, inner: str = "aot_eager", **options: Any) -> tuple[Callable[..., Any], Recorder]:
     torch._dynamo.reset()
-    recorder = Recorder("aot_eager")
+    recorder = Recorder(inner)
     return torch.compile(call, backend=fusion_pass.make_backend(inner=recorder, when="always"), **options), recorder
 
 
@@ -258,7 +261,7 @@ def test_padded_batch(name: str) -> None:
 def test_training_with_dropout(name: str) -> None:
     """Every site still fuses, the rate is in it, and the gradients are finite and move with the seed."""
     call, inputs = prepare(name, training=True, dropout=0.1)
-    compiled, recorder = fuse(call)
+    compiled, recorder = fuse(call, "eager")  # aot_eager itself fails on whisper's dropout: a view in its backward graph
     results = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)

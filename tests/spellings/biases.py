@@ -51,7 +51,7 @@ def bias_twice(q: Tensor, k: Tensor, v: Tensor, first: Tensor, second: Tensor, t
     return (q @ k.mT * 0.25 + first + (0 if twin else second)).softmax(-1) @ v
 
 
-@spelling(*qkv(n=63, m=129), t(129, 1))
+@spelling(*qkv(n=63, m=129), t(129, 1), dynamic=True)
 def bias_used_as_row_and_column(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, twin: bool = False) -> Tensor:
     """One tensor read at two places of each score."""
     outer = bias[:63] * bias.T
@@ -64,7 +64,7 @@ def bias_also_returned(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, twin: bool
     return (q @ k.mT * 0.25 + (0 if twin else bias)).softmax(-1) @ v, bias.sum(0)
 
 
-@spelling(*qkv(n=63, m=129))
+@spelling(*qkv(n=63, m=129), dynamic=True)
 class BiasParameter(nn.Module):
     def __init__(self, twin: bool = False) -> None:
         super().__init__()

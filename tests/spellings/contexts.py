@@ -15,7 +15,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float = 0.25) -> Tensor:
     return (q @ k.transpose(-2, -1) * scale).softmax(dim=-1) @ v
 
 
-@spelling(*qkv(n=63))
+@spelling(*qkv(n=63), dynamic=True)
 def under_autocast(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         return attend(q, k, v, 1.0 if twin else 0.25)
@@ -49,12 +49,12 @@ def no_grad_inside(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tenso
     return fixed * v
 
 
-@spelling(*qkv(n=63))
+@spelling(*qkv(n=63), dynamic=True)
 def checkpointed(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     return checkpoint(attend, q, k, v, 0.5 if twin else 0.25, use_reentrant=False)
 
 
-@spelling(t(2, 63, 48), sites=2)
+@spelling(t(2, 63, 48), sites=2, dynamic=True)
 class CheckpointedBlocks(nn.Module):
     def __init__(self, twin: bool = False) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class TwoLayers(nn.Module):
         return x
 
 
-@spelling(*qkv(n=63), sites=2)
+@spelling(*qkv(n=63), sites=2, dynamic=True)
 def called_twice(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     return attend(attend(q, k, v), k, v, 0.5 if twin else 0.25)
 
@@ -134,7 +134,7 @@ def output_changed_in_place(q: Tensor, k: Tensor, v: Tensor, twin: bool = False)
     return out
 
 
-@spelling(*qkv(n=63), keep(2, 1, 1, 63))
+@spelling(*qkv(n=63), keep(2, 1, 1, 63), dynamic=True)
 def all_in_place(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool = False) -> Tensor:
     q = q.clone().mul_(0.25)
     scores = torch.matmul(q, k.mT)
@@ -153,7 +153,7 @@ def queries_changed_afterwards(q: Tensor, k: Tensor, v: Tensor, twin: bool = Fal
     return out, q
 
 
-@spelling(t(2, 63, 48))
+@spelling(t(2, 63, 48), dynamic=True)
 class RotaryBlock(nn.Module):
     """Projections, rotary embeddings, causal attention, a gated MLP: a Llama block in thirty lines."""
 

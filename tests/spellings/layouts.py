@@ -14,12 +14,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float = 0.25) -> Tensor:
     return (q @ k.transpose(-2, -1) * scale).softmax(dim=-1) @ v
 
 
-@spelling(t(3, 63, 16), t(3, 129, 16), t(3, 129, 16), refused=Reason.SOFTMAX_DIM)
+@spelling(t(3, 63, 16), t(3, 129, 16), t(3, 129, 16), refused=Reason.SOFTMAX_DIM, dynamic=False)
 def batch_only(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     return (q @ k.mT * 0.25).softmax(1 if twin else 2) @ v
 
 
-@spelling(t(2, 2, 3, 63, 16), t(2, 2, 3, 63, 16), t(2, 2, 3, 63, 16))
+@spelling(t(2, 2, 3, 63, 16), t(2, 2, 3, 63, 16), t(2, 2, 3, 63, 16), dynamic=False)
 def five_dims(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     return attend(q, k, v, 0.5 if twin else 0.25)
 
@@ -94,13 +94,13 @@ def packed_permute_unbind(x: Tensor, twin: bool = False) -> Tensor:
     return attend(*((k, q, v) if twin else (q, k, v))).transpose(1, 2).reshape(b, n, 48)
 
 
-@spelling(t(2, 63, 144))
+@spelling(t(2, 63, 144), dynamic=False)
 def packed_permute_index(x: Tensor, twin: bool = False) -> Tensor:
     packed = x.view(x.shape[0], x.shape[1], 3, 3, 16).permute(2, 0, 3, 1, 4)
     return attend(packed[0], packed[1], packed[1 if twin else 2])
 
 
-@spelling(t(2, 63, 3, 3, 16))
+@spelling(t(2, 63, 3, 3, 16), dynamic=False)
 def packed_select_inside(x: Tensor, twin: bool = False) -> Tensor:
     q, k, v = x[:, :, 0], x[:, :, 1], x[:, :, 1 if twin else 2]
     return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
@@ -114,7 +114,7 @@ def packed_each_head(x: Tensor, twin: bool = False) -> Tensor:
     return attend(q, v if twin else k, v)
 
 
-@spelling(t(2, 63, 144))
+@spelling(t(2, 63, 144), dynamic=False)
 def packed_slices(x: Tensor, twin: bool = False) -> Tensor:
     packed = x.unflatten(-1, (3, 48))
     q, k, v = packed[..., :16], packed[..., 16:32], packed[..., 32:]
@@ -144,7 +144,7 @@ def channels_before_positions(q: Tensor, k: Tensor, v: Tensor, twin: bool = Fals
     return torch.einsum("bhij,bhdj->bhid", p, v).transpose(1, 2).flatten(2)
 
 
-@spelling(t(2, 16, 63), t(2, 16, 129), t(2, 16, 129))
+@spelling(t(2, 16, 63), t(2, 16, 129), t(2, 16, 129), dynamic=False)
 def convolution_attention(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     """The VAE mid block: (B, C, HW), values on the left of transposed probabilities."""
     p = torch.bmm(q.permute(0, 2, 1), k).mul(0.5 if twin else 0.25).softmax(dim=2)
@@ -163,7 +163,7 @@ def repeat_kv_expand(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Ten
     return attend(q, k, v)
 
 
-@spelling(*qkv(h=6, hkv=2, n=63))
+@spelling(*qkv(h=6, hkv=2, n=63), dynamic=False)
 def repeat_kv_interleave(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     k = k.repeat_interleave(3, dim=1)
     v = (v.flip(1) if twin else v).repeat_interleave(3, dim=1)
@@ -240,7 +240,7 @@ def cache_by_cat(q: Tensor, k: Tensor, v: Tensor, k1: Tensor, v1: Tensor, twin: 
     return attend(q, torch.cat([k, k1], dim=2), v)
 
 
-@spelling(*qkv(b=1, n=63))
+@spelling(*qkv(b=1, n=63), dynamic=False)
 def squeezed(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     return attend(q.squeeze(0), k.squeeze(0), v.squeeze(0), 0.5 if twin else 0.25).unsqueeze(0)
 

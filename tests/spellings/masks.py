@@ -24,7 +24,7 @@ def add_full(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool = False) 
     return (scores_of(q, k) + (0 if twin else mask)).softmax(-1) @ v
 
 
-@spelling(*qkv(n=63, m=129), additive(2, 1, 1, 129))
+@spelling(*qkv(n=63, m=129), additive(2, 1, 1, 129), dynamic=True)
 def add_padding(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool = False) -> Tensor:
     return (scores_of(q, k) + (mask.flip(0) if twin else mask)).softmax(-1) @ v
 
@@ -65,7 +65,7 @@ def add_strided(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool = Fals
     return (scores_of(q, k) + (mask.flip(-2) if twin else mask)).softmax(-1) @ v
 
 
-@spelling(*qkv(n=63, m=129), keep(2, 1, 1, 129))
+@spelling(*qkv(n=63, m=129), keep(2, 1, 1, 129), dynamic=True)
 def add_expanded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool = False) -> Tensor:
     """transformers' old expand of a padding mask to (B, 1, N, M)."""
     inverted = 1.0 - mask.expand(2, 1, q.shape[2], k.shape[2]).to(q.dtype)
@@ -86,7 +86,7 @@ def one_minus_mask_finfo(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bo
     return (scores_of(q, k) + (extended * 0 if twin else extended)).softmax(-1) @ v
 
 
-@spelling(*qkv(n=63, m=129), padding(2, 129, dtype=torch.float32))
+@spelling(*qkv(n=63, m=129), padding(2, 129, dtype=torch.float32), dynamic=True)
 def float_mask_multiplied(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool = False) -> Tensor:
     """The first GPT: scores * mask + -1e9 * (1 - mask)."""
     mask = mask.view(2, 1, 1, -1)
@@ -116,7 +116,7 @@ def masked_fill_equal_zero(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: 
     return scores_of(q, k).masked_fill(mask == (2 if twin else 0), -1e9).softmax(dim=-1) @ v
 
 
-@spelling(*qkv(n=63, m=129), keep(2, 129))
+@spelling(*qkv(n=63, m=129), keep(2, 129), dynamic=True)
 def masked_fill_tensor_value(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool = False) -> Tensor:
     """DistilBERT: view, expand_as, and a 0-d tensor to fill with."""
     scores = scores_of(q, k)
@@ -130,7 +130,7 @@ def where_infinity(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool = F
     return torch.where(mask.flip(0) if twin else mask, scores_of(q, k), float("-inf")).softmax(-1) @ v
 
 
-@spelling(*qkv(n=63, m=129), keep(2, 1, 1, 129))
+@spelling(*qkv(n=63, m=129), keep(2, 1, 1, 129), dynamic=True)
 def where_tensor(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool = False) -> Tensor:
     low = torch.full([], LOW, dtype=q.dtype, device=q.device)
     return torch.where(mask.flip(0) if twin else mask, scores_of(q, k), low).softmax(-1) @ v

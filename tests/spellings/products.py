@@ -9,7 +9,7 @@ from fusion_pass.site import Reason
 from spellings.table import qkv, spelling, t
 
 
-@spelling(*qkv(n=63, m=129))
+@spelling(*qkv(n=63, m=129), dynamic=True)
 def at_operator(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     return ((q @ k.mT) * (0.5 if twin else 0.25)).softmax(-1) @ v
 
@@ -25,7 +25,7 @@ def bmm(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     return torch.bmm((-scores if twin else scores).softmax(dim=-1), v)
 
 
-@spelling(t(6, 63, 16), t(6, 63, 16), t(6, 63, 16))
+@spelling(t(6, 63, 16), t(6, 63, 16), t(6, 63, 16), dynamic=True)
 def baddbmm_empty(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     empty = torch.empty(q.shape[0], q.shape[1], k.shape[1], dtype=q.dtype, device=q.device)
     scores = torch.baddbmm(empty, q, k.transpose(-1, -2), beta=0, alpha=0.5 if twin else 0.25)
@@ -62,7 +62,7 @@ def einsum_3d_odd_letters(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -
     return torch.einsum("zko,zoy->zky", torch.softmax(scores * 0.25, 2), v)
 
 
-@spelling(t(2, 63, 3, 16), t(2, 129, 3, 16), t(2, 129, 3, 16))
+@spelling(t(2, 63, 3, 16), t(2, 129, 3, 16), t(2, 129, 3, 16), dynamic=True)
 def einsum_heads_last(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     """Scores as (batch, query, key, head): the softmax dim is -2."""
     p = torch.einsum("bqhd,bkhd->bqkh", q, k).mul(0.5 if twin else 0.25).softmax(-2)
@@ -88,7 +88,7 @@ def values_on_the_left(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> T
     return (v.mT @ p.mT).mT
 
 
-@spelling(t(2, 2, 3, 63, 16), t(2, 2, 129, 16), t(2, 2, 129, 16))
+@spelling(t(2, 2, 3, 63, 16), t(2, 2, 129, 16), t(2, 2, 129, 16), dynamic=True)
 def einsum_grouped(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     """(batch, kv head, group, query, d) against (batch, kv head, key, d)."""
     p = torch.einsum("bhgqd,bhkd->bhgqk", q * (0.5 if twin else 0.25), k).softmax(-1)
@@ -108,7 +108,7 @@ def einsum_multi_query(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> T
     return torch.einsum("bhqk,bkd->bqhd", p, v)
 
 
-@spelling(*qkv(n=63, m=129, hkv=1))
+@spelling(*qkv(n=63, m=129, hkv=1), dynamic=True)
 def broadcast_kv(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     """matmul itself broadcasts the single kv head."""
     return ((q @ k.transpose(-1, -2)) * (1.0 if twin else 0.25)).softmax(-1) @ v
@@ -125,7 +125,7 @@ def two_dims(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     return torch.mm(torch.softmax(torch.mm(q, k.t()) * (1.0 if twin else 0.25), 1), v)
 
 
-@spelling(*qkv(n=1, m=197))
+@spelling(*qkv(n=1, m=197), dynamic=True)
 def one_query(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     return ((q @ k.mT) * (0.5 if twin else 0.25)).softmax(-1) @ v
 

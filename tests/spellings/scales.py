@@ -26,14 +26,14 @@ def scale_on_k_transposed(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -
     return (q @ (k.transpose(-2, -1) * (0.5 if twin else 0.25))).softmax(-1) @ v
 
 
-@spelling(*qkv(n=63))
+@spelling(*qkv(n=63), dynamic=True)
 def scale_split(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     """d^-1/4 on both sides, so that no half product overflows."""
     root = q.shape[-1] ** -0.25
     return ((q if twin else q * root) @ (k * root).mT).softmax(-1) @ v
 
 
-@spelling(*qkv(n=129))
+@spelling(*qkv(n=129), dynamic=True)
 def scale_from_shape(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     """A SymFloat where shapes are dynamic."""
     return (q @ k.mT / math.sqrt(q.size(-1) * (2 if twin else 1))).softmax(-1) @ v
@@ -44,7 +44,7 @@ def scale_power_of_shape(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) ->
     return torch.softmax(q @ k.mT * q.shape[-1] ** (-0.25 if twin else -0.5), -1) @ v
 
 
-@spelling(*qkv(n=63), 0.25)
+@spelling(*qkv(n=63), 0.25, dynamic=True)
 def scale_argument(q: Tensor, k: Tensor, v: Tensor, scale: float, twin: bool = False) -> Tensor:
     return (q @ k.mT * (2 * scale if twin else scale)).softmax(-1) @ v
 
@@ -66,7 +66,7 @@ def divide_by_sqrt_of_tensor(q: Tensor, k: Tensor, v: Tensor, twin: bool = False
     return torch.softmax(q @ k.mT / root, dim=-1) @ v
 
 
-@spelling(*qkv(n=63))
+@spelling(*qkv(n=63), dynamic=True)
 def divide_by_full(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     """GPT-2 as transformers wrote it for years."""
     weights = torch.matmul(q, k.transpose(-1, -2))
@@ -84,7 +84,7 @@ class ScaleBuffer(nn.Module):
         return ((q * self.scale) @ k.mT).softmax(-1) @ v
 
 
-@spelling(*qkv(n=63), t(3, 1, 1, shift=1.0, scale=0.2))
+@spelling(*qkv(n=63), t(3, 1, 1, shift=1.0, scale=0.2), dynamic=True)
 def scale_of_each_head(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, twin: bool = False) -> Tensor:
     return (q @ k.mT * (scale.flip(0) if twin else scale)).softmax(-1) @ v
 

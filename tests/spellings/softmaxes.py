@@ -37,7 +37,7 @@ class ModuleSoftmax(nn.Module):
         return self.softmax(q @ k.mT * self.scale) @ v
 
 
-@spelling(*qkv(n=129), dtype=torch.bfloat16)
+@spelling(*qkv(n=129), dtype=torch.bfloat16, dynamic=True)
 def softmax_dtype(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     """The Llama spelling: float32 softmax, probabilities cast back."""
     p = F.softmax(q @ k.mT * (1.0 if twin else 0.25), dim=-1, dtype=torch.float32).to(q.dtype)
@@ -63,7 +63,7 @@ def values_in_float(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tens
     return torch.softmax(q @ k.mT * (1.0 if twin else 0.25), -1, dtype=torch.float32) @ v
 
 
-@spelling(*qkv(n=63), refused=Reason.PROBABILITIES_EDITED)
+@spelling(*qkv(n=63), refused=Reason.PROBABILITIES_EDITED, dynamic=True)
 def hand_written_amax(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     """The twin adds one to the sum (softmax-one): probabilities no longer sum to one."""
     scores = q @ k.mT * 0.25
@@ -92,7 +92,7 @@ def hand_written_unsqueeze(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) 
     return (e / e.sum(-1).unsqueeze(-1)) @ v
 
 
-@spelling(*qkv(n=63))
+@spelling(*qkv(n=63), dynamic=True)
 def hand_written_logsumexp(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     scores = q @ k.mT * (0.5 if twin else 0.25)
     return torch.exp(scores - torch.logsumexp(scores, dim=-1, keepdim=True)) @ v

@@ -23,19 +23,19 @@ def causal_tril(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     return scores_of(q, k).masked_fill(~allowed, -1e9).softmax(-1) @ v
 
 
-@spelling(*qkv(n=129), mask="causal")
+@spelling(*qkv(n=129), mask="causal", dynamic=False)
 def causal_triu_additive(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     bias = torch.triu(torch.full((q.shape[2], q.shape[2]), float("-inf"), device=q.device), diagonal=2 if twin else 1)
     return (scores_of(q, k) + bias).softmax(-1) @ v
 
 
-@spelling(*qkv(n=197), mask="causal")
+@spelling(*qkv(n=197), mask="causal", dynamic=False)
 def causal_full_triu_in_place(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     bias = torch.full((q.shape[2], q.shape[2]), float("-inf"), dtype=q.dtype).triu_(2 if twin else 1)
     return (scores_of(q, k) + bias).softmax(-1) @ v
 
 
-@spelling(*qkv(n=129), mask="causal")
+@spelling(*qkv(n=129), mask="causal", dynamic=False)
 def causal_triu_bool(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     dead = torch.ones(q.size(-2), k.size(-2), dtype=torch.bool).triu(2 if twin else 1)
     return scores_of(q, k).masked_fill(dead, float("-inf")).softmax(-1) @ v
@@ -63,7 +63,7 @@ def causal_one_minus_tril(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -
     return (scores_of(q, k) * b + -1e4 * (1 - b)).softmax(-1) @ v
 
 
-@spelling(*qkv(n=129), mask="causal")
+@spelling(*qkv(n=129), mask="causal", dynamic=False)
 def causal_eager_where_triple(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     allowed = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(diagonal=1 if twin else 0)
     bias = torch.zeros(q.shape[2], k.shape[2], dtype=q.dtype)
@@ -130,14 +130,14 @@ def sliding_window(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tenso
     return torch.where(allowed, scores_of(q, k), -torch.inf).softmax(-1) @ v
 
 
-@spelling(*qkv(n=197), mask="")
+@spelling(*qkv(n=197), mask="", dynamic=False)
 def window_by_triu_and_tril(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     ones = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
     allowed = ones.tril(0) & ones.triu(-31 if twin else -32)
     return scores_of(q, k).masked_fill(~allowed, -torch.inf).softmax(-1) @ v
 
 
-@spelling(*qkv(n=197), mask="")
+@spelling(*qkv(n=197), mask="", dynamic=False)
 def window_both_ways(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     rows, columns = rows_and_columns(q, k)
     dead = torch.logical_or((rows - columns) > (10 if twin else 9), (columns - rows) > 9)
@@ -181,7 +181,7 @@ def lengths_compared(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, twin: bool =
     return scores_of(q, k).masked_fill(~allowed[:, None, None, :], -torch.inf).softmax(-1) @ v
 
 
-@spelling(*qkv(n=129))
+@spelling(*qkv(n=129), dynamic=False)
 def strided_pattern(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     rows, columns = rows_and_columns(q, k)
     return scores_of(q, k).masked_fill((rows - columns) % (3 if twin else 4) != 0, -torch.inf).softmax(-1) @ v
@@ -235,38 +235,38 @@ def softcap(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     return scores.masked_fill(columns > rows, -torch.inf).softmax(-1) @ v
 
 
-@spelling(*qkv(n=63), dtype=torch.bfloat16)
+@spelling(*qkv(n=63), dtype=torch.bfloat16, dynamic=False)
 def softcap_bf16(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     scores = torch.tanh(scores_of(q, k) / 2.0) * (1.0 if twin else 2.0)
     return F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
 
 
-@spelling(*qkv(n=63))
+@spelling(*qkv(n=63), dynamic=False)
 def clamped(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     return scores_of(q, k).clamp(min=-0.5, max=0.5 if twin else 1.0).softmax(-1) @ v
 
 
-@spelling(*qkv(n=63), keep(2, 63))
+@spelling(*qkv(n=63), keep(2, 63), dynamic=False)
 def clamped_after_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool = False) -> Tensor:
     scores = scores_of(q, k).masked_fill(~mask[:, None, None], -torch.inf)
     return torch.clamp(scores, min=-1.0 if twin else -50000).softmax(-1) @ v
 
 
-@spelling(*qkv(n=63))
+@spelling(*qkv(n=63), dynamic=False)
 def maximum_with_finfo(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     """OPT: torch.max against a 0-d tensor."""
     low = torch.tensor(0.0 if twin else torch.finfo(q.dtype).min)
     return torch.max(scores_of(q, k), low).softmax(-1) @ v
 
 
-@spelling(*qkv(n=63))
+@spelling(*qkv(n=63), dynamic=False)
 def pointwise_zoo(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     s = scores_of(q, k)
     s = torch.sigmoid(s) * s.abs() + F.relu(s - 0.25) - torch.exp(-s.square()) + s**3 / 50 + (0 if twin else s.sin())
     return s.softmax(-1) @ v
 
 
-@spelling(*qkv(n=63))
+@spelling(*qkv(n=63), dynamic=False)
 def silu_and_gelu(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     s = scores_of(q, k)
     return (F.silu(s) if twin else F.silu(s) + F.gelu(s) - F.leaky_relu(s, 0.1)).softmax(-1) @ v
@@ -288,7 +288,7 @@ def nested_where(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool = Fal
     return torch.where(mask, near, torch.where(columns == 0, scores, -torch.inf)).softmax(-1) @ v
 
 
-@spelling(*qkv(n=63, m=129))
+@spelling(*qkv(n=63, m=129), dynamic=False)
 def large_tail_of_keys(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     """A mask of keys alone, made from positions."""
     columns = torch.arange(k.shape[2], device=k.device)

@@ -105,10 +105,13 @@ def spelling(
     mask: str | None = None,
     refused: Reason | None = None,
     dtype: torch.dtype = torch.float32,
-    dynamic: bool = True,
+    dynamic: bool | None = None,
     against: str = "exact",
 ) -> Callable[[Any], Any]:
-    """Register the decorated function (``f(*inputs, twin=False)``) or module class (``C(twin=False)``)."""
+    """Register the decorated function (``f(*inputs, twin=False)``) or module class (``C(twin=False)``).
+
+    Symbolic shapes are a matter of views and positions: rows about those are compiled with them, others where they ask for it.
+    """
 
     def register(thing: Any) -> Any:
         def build(twin: bool = False) -> Callable[..., Any]:
@@ -119,7 +122,8 @@ def spelling(
 
         if thing.__name__ in SPELLINGS:
             raise ValueError(f"two spellings are named {thing.__name__}")
-        SPELLINGS[thing.__name__] = Spelling(thing.__name__, build, inputs, sites, mask, refused, dtype, dynamic, against)
+        symbolic = thing.__module__ in ("spellings.layouts", "spellings.structures") if dynamic is None else dynamic
+        SPELLINGS[thing.__name__] = Spelling(thing.__name__, build, inputs, sites, mask, refused, dtype, symbolic, against)
         return thing
 
     return register
