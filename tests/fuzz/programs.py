@@ -8,19 +8,19 @@ a draw; the text is what is compiled, and what is printed when a test fails: `Wr
 from __future__ import annotations
 
 import linecache
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 
+from fuzz.decisions import Decisions, decisions
 from fuzz.inputs import Input, make
 from fuzz.masks import MaskWriter
 
 __all__ = ["Sizes", "Written", "programs"]
 
-DECISIONS = 160  # few programs take more; from there on every decision is the simplest
 LENGTHS = (1, 2, 3, 5, 7, 16, 17, 31, 33, 63)
 LONG_LENGTHS = (64, 65, 127, 129, 160, 197)
 HEAD_DIMS = (1, 3, 8, 16, 24, 40, 72)
@@ -45,6 +45,7 @@ class Written:
     """A program and how to run it.
 
     fused: whether the pass has to fuse it; None where either is right. dropout: its rate; 0 for none.
+    terms: the source with a softmax whose normalising sum is a constant.
     """
 
     source: str
@@ -55,6 +56,12 @@ class Written:
     inner: str
     seed: int
     dropout: float
+    terms: str = ""
+
+    @property
+    def uncancelled(self) -> Written:
+        """The program with the sum under the softmax held constant: its gradients are the terms that cancel in those of the program."""
+        return replace(self, source=self.terms)
 
     def build(self, **names: Any) -> Callable[..., Any]:
         """The function that the source defines; `names` replaces what it imports (``F``)."""
@@ -76,38 +83,26 @@ class Written:
             f'from fuzz.programs import Written\n\nSOURCE = """\n{self.source}"""\nINPUTS = (\n    '
             + ",\n    ".join(shown)
             + f",\n)\ncheck(Written(SOURCE, INPUTS, {self.dtype}, fused={self.fused}, dynamic={self.dynamic}, "
-            f"inner={self.inner!r}, seed={self.seed}, dropout={self.dropout}))\n"
+            f"inner={self.inner!r}, seed={self.seed}, dropout={self.dropout}, terms={self.terms!r}))\n"
         )
 
     def __repr__(self) -> str:
         return "\n" + self.script
 
 
-class Writer:
+class Writer(Decisions):
     """Draws and writes one program. Methods are called in the order of the program."""
 
-    def __init__(self, decisions: bytes) -> None:
-        self.decisions, self.lines, self.inputs = iter(decisions), [], []
+    def __init__(self, source: bytes) -> None:
+        super().__init__(source)
+        self.lines: list[str] = []
+        self.inputs: list[Input] = []
         self.dtype: torch.dtype = self.pick(*[torch.float32] * 6, *[torch.bfloat16] * 3, torch.float16, torch.float64)
         self.half = self.dtype in (torch.bfloat16, torch.float16)
         self.wide = False  # scores of a half-precision program that have become fp32
-        self.dynamic = self.pick(False, False, False, True)
+        self.dynamic = self.chance(12)  # four times the time of a static one
         self.s = self._sizes()
         self.masks = MaskWriter(self)
-
-    # ------------------------------------------------------------ decisions
-
-    def pick(self, *choices: Any) -> Any:
-        """One of the choices; the first is the simplest."""
-        return choices[next(self.decisions, 0) * len(choices) >> 8]
-
-    def chance(self, percent: int) -> bool:
-        """True for about `percent` of a hundred; the simplest program has False."""
-        return next(self.decisions, 0) * 100 >= (100 - percent) << 8
-
-    def shuffled(self, length: int) -> tuple[int, ...]:
-        rest = list(range(length))
-        return tuple(rest.pop(self.pick(*range(len(rest)))) for _ in range(length))
 
     def line(self, text: str) -> None:
         self.lines.append(text)
@@ -283,6 +278,10 @@ class Writer:
         if after:
             self.line(after)
 
+    def folds(self) -> bool:
+        """Whether einsum sums over a dim of size 1: torch makes that a multiplication, and there is no product left to find."""
+        return min(self.s.d, self.s.m) == 1 and any("einsum" in x for x in self.lines)
+
     def _same_heads(self) -> bool:
         return self.s.h == self.s.hkv
 
@@ -351,7 +350,7 @@ class Writer:
 
     def _do_pointwise(self) -> None:
         f = self.pick("torch.sigmoid(s)", "s.abs()", "torch.tanh(s)", "F.gelu(s)", "F.silu(s)", "-s", "s * s * 0.25", "F.softplus(s)",
-                      "F.leaky_relu(s, 0.1)", "torch.sin(s)", "F.relu(s)", "s.square() * 0.1", "F.elu(s)", "F.logsigmoid(s)")  # fmt: skip
+                      "F.leaky_relu(s, 0.1)", "torch.sin(s)", "F.relu(s)", "s.square() * 0.1")  # fmt: skip
         self.line(f"s = {f}")
 
     def _do_float(self) -> None:
@@ -407,7 +406,7 @@ class Writer:
         if form == "merge" and len(s.lead) == 2:
             self.line(f"out = out.transpose(1, 2).{self.pick('reshape', 'contiguous().view')}({s.lead[0]}, -1, {s.lead[1] * s.dv})")
         elif form == "merge" and len(s.lead) == 1:
-            self.line(f"out = out.{self.pick('view', 'reshape')}({s.lead[0]}, -1).sum(0)")
+            self.line(f"out = out.reshape({s.lead[0]}, -1).sum(0)")
         elif form == "gain":
             self.line("out = out * 2 + 1")
         elif form == "float":
@@ -430,9 +429,9 @@ SPOILED: Mapping[str, tuple[str, str, str]] = {  # before the softmax, after it,
 }
 
 
-def write(decisions: bytes) -> Written:
-    """The program of these decisions, one byte each; missing ones are 0, the simplest."""
-    w = Writer(decisions)
+def write(source: bytes) -> Written:
+    """The program of these decisions."""
+    w = Writer(source)
     w.operands()
     w.scores()
     w.functions()
@@ -440,7 +439,9 @@ def write(decisions: bytes) -> Written:
     before, after, returned = SPOILED.get(spoiled, ("", "", "out"))
     if before:
         w.line(before)
+    start = len(w.lines)
     w.softmax(-2 if spoiled == "dim" else -1)
+    end = len(w.lines)
     if after:
         w.line(after)
     dropout = 0.0 if spoiled else w.dropout()
@@ -451,16 +452,18 @@ def write(decisions: bytes) -> Written:
     if not any(x.grad for x in w.inputs) and w.chance(70):
         w.inputs[0] = replace(w.inputs[0], grad=True)
     names = ", ".join(x.name for x in w.inputs)
-    source = f"def attention({names}):\n" + "".join(f"    {x}\n" for x in w.lines)
-    fused = None if spoiled and min(w.s.n, w.s.m) == 1 else not spoiled
-    inner = "aot_eager" if w.chance(25) else "eager"
-    return Written(source, tuple(w.inputs), w.dtype, fused, w.dynamic, inner, w.pick(*range(256)), dropout)
+    source = _function(names, w.lines)
+    constant = "p = torch.exp(s - torch.logsumexp(s, -1, keepdim=True).detach()).to(v.dtype)"
+    terms = _function(names, [*w.lines[:start], constant, *w.lines[end:]])
+    fused = None if min(w.s.n, w.s.m) == 1 and spoiled or w.folds() else not spoiled
+    inner = "aot_eager" if w.chance(12) else "eager"
+    return Written(source, tuple(w.inputs), w.dtype, fused, w.dynamic, inner, w.pick(*range(256)), dropout, terms)
+
+
+def _function(names: str, lines: Sequence[str]) -> str:
+    return f"def attention({names}):\n" + "".join(f"    {x}\n" for x in lines)
 
 
 def programs() -> st.SearchStrategy[Written]:
-    """Attention programs: nine in ten have to fuse, the others are spoiled by one edit and must be refused.
-
-    All decisions are one draw: Hypothesis repeats parts of an example that it has several draws for, and here most repeats
-    would write the same program again. It shrinks towards zeros, which is the simplest program.
-    """
-    return st.binary(min_size=DECISIONS, max_size=DECISIONS).map(write)
+    """Attention programs: nine in ten have to fuse, the others are spoiled by one edit and must be refused."""
+    return decisions(160).map(write)

@@ -1,0 +1,57 @@
+"""Written score programs straight to the Triton kernels: through Triton's interpreter, and on a GPU.
+
+Triton decides at its import whether it interprets: that half runs in a worker process of its own, as in test_triton.py.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from fuzz.scores import Scored, scores
+
+FIXED = {"derandomize": True, "database": None, "deadline": None, "suppress_health_check": list(HealthCheck)}
+
+
+def interpreted(program: Scored) -> list[str]:
+    """Runs in the worker."""
+    from fuzz.kernel_judge import judge
+
+    return judge(program, "cpu")
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[ProcessPoolExecutor]:
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"  # read by the child only
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            pool.submit(int).result()
+            yield pool
+    finally:
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before
+
+
+@settings(max_examples=40, **FIXED)
+@given(scores(interpreted=True))
+def test_interpreted(worker: ProcessPoolExecutor, program: Scored) -> None:
+    wrong = worker.submit(interpreted, program).result()
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.gpu
+@settings(max_examples=500, **FIXED)
+@given(scores(interpreted=False))
+def test_on_a_gpu(program: Scored) -> None:
+    from fuzz.kernel_judge import judge
+
+    wrong = judge(program, "cuda")
+    assert not wrong, "\n".join(wrong)
