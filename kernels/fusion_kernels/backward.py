@@ -147,7 +147,7 @@ def _plan(
     flags = found.kv_bounds is not None or found.q_bounds is not None
     dims = (D, D0, D1, DV, V0, V1)
     sizes = (B, H, N, M, H // kv_heads)
-    kind = traits(found, program, dropout_p)
+    kind = traits(found, program, dropout_p, D, DV)
     row_grid = triton.cdiv(N, _ROWS) * B * H
 
     align, (gs, os) = strides(do, out)
@@ -161,7 +161,7 @@ def _plan(
         deep = Launch(deep_rows, row_grid, constants, warps=4, stages=1)
 
     dropout = (threshold(dropout_p), keep_scale(dropout_p))
-    tile = dkdv_tile or configs.backward_dkdv(N, M, D, DV, q.dtype, kind)
+    tile = dkdv_tile or configs.backward_dkdv(N, M, D0 + D1, V0 + V1, q.dtype, kind)
     full = found.full if found.q_bounds is not None else masked
     tma = tile.tma and whole and describable(q, do)
     constants = (
@@ -173,7 +173,7 @@ def _plan(
     dkdv = Launch(dkdv_tiles, triton.cdiv(M, tile.block_n) * B * kv_heads, constants, tile.warps, tile.stages)
     dkdv_tma = ((tile.block_m, D0), (tile.block_m, V0)) if tma else None
 
-    tile = dq_tile or configs.backward_dq(N, M, D, DV, q.dtype, kind)
+    tile = dq_tile or configs.backward_dq(N, M, D0 + D1, V0 + V1, q.dtype, kind)
     full = found.full if found.kv_bounds is not None else masked
     tma = tile.tma and whole and describable(k, v)
     constants = (
@@ -189,7 +189,7 @@ def _plan(
     for table in masked.tables:
         buffer = dcaptures[table.capture]
         assert buffer is not None
-        tile = configs.backward_table(N, M, D, DV, q.dtype)
+        tile = configs.backward_table(N, M, D0 + D1, V0 + V1, q.dtype)
         place, offset = table.strides(buffer)
         grid = triton.cdiv(N, tile.block_m) * triton.cdiv(M, tile.block_n) * (1 if table.all_b else B) * (1 if table.all_h else H)
         constants = (

@@ -35,78 +35,77 @@ def _smaller(tile: Tile, rows: int, columns: int) -> Tile:
 
 @dataclass(frozen=True)
 class Traits:
-    """What the choice depends on, of a program. masked: tiles can be skipped; table: it loads an element for each (q, k)."""
+    """What the choice depends on, of a program.
 
-    masked: bool
-    table: bool
-    dropout: bool
+    masked: tiles can be skipped; busy: it loads along q or k, or computes a lot (registers); table: it loads an element for each
+    (q, k); dropout; parts: a head dim is split in two (72 = 64 + 8).
+    """
 
+    masked: bool = False
+    busy: bool = False
+    table: bool = False
+    dropout: bool = False
+    parts: bool = False
 
-# Head dim up to -> tile, 16-bit operands. Measured in TFLOP/s on one H200, bf16, N = M = 4096, B = 4, 2048 / D heads: the
-# choice, and the best of the others (full or masked as the table says).
-_FORWARD_FULL = {64: Tile(128, 128, 4, 3, True), 128: Tile(128, 128, 8, 3), 256: Tile(64, 64, 4, 3, True)}  # 437 (423), 493 (480)
-_FORWARD_MASKED = {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3, True), 256: Tile(64, 64, 4, 3, True)}  # 379 (374), 432 (434), 453 (446)
-_FORWARD_TABLE = {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 4, True), 256: Tile(64, 64, 4, 2, True)}  # at 128: 366 (360)
-_FORWARD_DROPOUT = {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2, True), 256: Tile(64, 64, 4, 2, True)}  # 178 (178), 259 (264)
-
-_DKDV_FULL = {64: Tile(64, 64, 4, 3, True), 128: Tile(64, 128, 8, 3), 256: Tile(64, 64, 8, 2, True)}  # 360 (356), 382 (371)
-_DKDV_MASKED = {64: Tile(64, 64, 4, 3, True), 128: Tile(64, 64, 4, 2, True), 256: Tile(64, 64, 8, 2, True)}  # 290 (288), 338 (321), 216 (197)
-_DKDV_TABLE = {64: Tile(64, 64, 4, 2, True), 128: Tile(64, 64, 4, 2, True), 256: Tile(64, 64, 8, 2, True)}  # at 128: 263 (247)
-
-_DQ_FULL = {64: Tile(128, 64, 4, 3, True), 128: Tile(128, 64, 8, 3, True), 256: Tile(64, 64, 4, 2, True)}  # 339 (341), 375 (369)
-_DQ_MASKED = {64: Tile(64, 64, 4, 3, True), 128: Tile(64, 64, 4, 2, True), 256: Tile(64, 64, 4, 2, True)}  # 296 (298), 333 (336)
-_DQ_TABLE = {64: Tile(128, 64, 8, 3, True), 128: Tile(128, 64, 8, 3, True), 256: Tile(64, 64, 4, 2, True)}  # at 128: 276 (274)
-
-# Head dims of two parts (72 = 64 + 8, 80 = 64 + 16, ...), by their sum; 80, causal: 345 (331), 240 (218), 256 (216).
-_FORWARD_PARTS = {128: Tile(128, 64, 4, 3), 256: Tile(64, 64, 4, 2)}
-_BACKWARD_PARTS = {128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 2)}
+    @property
+    def row(self) -> str:
+        """The row of the tables below that serves."""
+        if self.parts:
+            return "parts"
+        if self.table:
+            return "table"
+        if self.dropout:
+            return "dropout"
+        return "masked" if self.masked or self.busy else "full"
 
 
-def _pick(table: dict[int, Tile], d: int, dv: int) -> Tile:
-    return table[min(limit for limit in table if limit >= max(d, dv))]
+# 16-bit operands: head dim up to -> tile. Measured in TFLOP/s on one H200, bf16, N = M = 4096, B = 4, 2048 / D heads: the
+# choice, and in brackets the best of the others ("masked" under a causal mask, "parts" at D = 80 under one).
+_FORWARD = {
+    "full": {64: Tile(128, 128, 4, 3, True), 128: Tile(128, 128, 8, 3), 256: Tile(64, 64, 4, 3, True)},  # 437 (423), 493 (480)
+    "masked": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3, True), 256: Tile(64, 64, 4, 3, True)},  # 379 (374), 432 (434), 453 (446)
+    "table": {64: Tile(64, 64, 4, 3), 128: Tile(128, 64, 8, 4, True), 256: Tile(64, 64, 4, 2, True)},  # at 128: 366 (360)
+    "dropout": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2, True), 256: Tile(64, 64, 4, 2, True)},  # 178 (178), 259 (264)
+    "parts": {128: Tile(128, 64, 4, 3), 256: Tile(64, 64, 4, 2)},  # 345 (331)
+}
+_DKDV = {
+    "full": {64: Tile(64, 64, 4, 3, True), 128: Tile(64, 128, 8, 3), 256: Tile(64, 64, 8, 2, True)},  # 360 (356), 382 (371)
+    "masked": {64: Tile(64, 64, 4, 3, True), 128: Tile(64, 64, 4, 2, True), 256: Tile(64, 64, 8, 2, True)},  # 290, 338, 216 (197)
+    "table": {64: Tile(64, 64, 4, 2, True), 128: Tile(64, 64, 4, 2, True), 256: Tile(64, 64, 8, 2, True)},  # at 128: 263 (247)
+    "dropout": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2, True), 256: Tile(64, 64, 8, 2, True)},  # 175 (167), 237 (231)
+    "parts": {128: Tile(64, 64, 4, 2), 256: Tile(64, 64, 8, 2)},  # 240 (218)
+}
+_DQ = {
+    "full": {64: Tile(128, 64, 4, 3, True), 128: Tile(128, 64, 8, 3, True), 256: Tile(64, 64, 4, 2, True)},  # 339 (341), 375 (369)
+    "masked": {64: Tile(64, 64, 4, 3, True), 128: Tile(64, 64, 4, 2, True), 256: Tile(64, 64, 4, 2, True)},  # 296 (298), 333 (336)
+    "table": {64: Tile(128, 64, 8, 3, True), 128: Tile(128, 64, 8, 3, True), 256: Tile(64, 64, 4, 2, True)},  # at 128: 276 (274)
+    "dropout": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2, True), 256: Tile(64, 64, 4, 2, True)},  # 171 (167), 233 (228)
+    "parts": {128: Tile(64, 64, 4, 2), 256: Tile(64, 64, 8, 2)},  # 256 (216)
+}
+# fp32 operands, exact products (causal, B = 4, N = 4096).
+_FORWARD32 = {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 16, 8, 1)}  # 53 (50), 39 (27)
+_DKDV32 = {64: Tile(32, 64, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 32, 8, 1)}  # 28 (28), 26 (27)
+_DQ32 = {64: Tile(64, 64, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(32, 16, 8, 1)}  # 32 (29), 26 (20)
+_TABLE = {128: Tile(128, 64, 8, 2), 256: Tile(64, 64, 4, 1)}
+_TABLE32 = {128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)}
 
 
-def _whole(d: int) -> bool:
-    return d >= 16 and d & (d - 1) == 0
-
-
-def _tile(full: dict[int, Tile], masked: dict[int, Tile], table: dict[int, Tile], d: int, dv: int, traits: Traits) -> Tile:
-    return _pick(table if traits.table else masked if traits.masked or traits.dropout else full, d, dv)
+def _pick(table: dict[int, Tile], d: int, dv: int, n: int, m: int) -> Tile:
+    return _smaller(table[min(limit for limit in table if limit >= max(d, dv))], n, m)
 
 
 def forward(n: int, m: int, d: int, dv: int, dtype: torch.dtype, traits: Traits) -> Tile:
-    if dtype == torch.float32:
-        tile = Tile(64, 32, 4, 2) if max(d, dv) <= 128 else Tile(32, 32, 4, 2)
-    elif not (_whole(d) and _whole(dv)):
-        tile = _pick(_FORWARD_PARTS, d, dv)
-    else:
-        tile = _tile(_FORWARD_FULL, _FORWARD_DROPOUT if traits.dropout else _FORWARD_MASKED, _FORWARD_TABLE, d, dv, traits)
-    return _smaller(tile, n, m)
+    """d, dv: head dims as the kernel covers them, padding included."""
+    return _pick(_FORWARD32 if dtype == torch.float32 else _FORWARD[traits.row], d, dv, n, m)
 
 
 def backward_dkdv(n: int, m: int, d: int, dv: int, dtype: torch.dtype, traits: Traits) -> Tile:
-    if dtype == torch.float32:
-        tile = Tile(32, 32, 4, 1)
-    elif not (_whole(d) and _whole(dv)):
-        tile = _pick(_BACKWARD_PARTS, d, dv)
-    else:
-        tile = _tile(_DKDV_FULL, _DKDV_MASKED, _DKDV_TABLE, d, dv, traits)
-    return _smaller(tile, n, m)
+    return _pick(_DKDV32 if dtype == torch.float32 else _DKDV[traits.row], d, dv, n, m)
 
 
 def backward_dq(n: int, m: int, d: int, dv: int, dtype: torch.dtype, traits: Traits) -> Tile:
-    if dtype == torch.float32:
-        tile = Tile(32, 32, 4, 1)
-    elif not (_whole(d) and _whole(dv)):
-        tile = _pick(_BACKWARD_PARTS, d, dv)
-    else:
-        tile = _tile(_DQ_FULL, _DQ_MASKED, _DQ_TABLE, d, dv, traits)
-    return _smaller(tile, n, m)
+    return _pick(_DQ32 if dtype == torch.float32 else _DQ[traits.row], d, dv, n, m)
 
 
 def backward_table(n: int, m: int, d: int, dv: int, dtype: torch.dtype) -> Tile:
-    if dtype == torch.float32:
-        tile = Tile(32, 32, 4, 1)
-    else:
-        tile = Tile(128, 64, 8, 2) if max(d, dv) <= 128 else Tile(64, 64, 4, 1)
-    return _smaller(tile, n, m)
+    return _pick(_TABLE32 if dtype == torch.float32 else _TABLE, d, dv, n, m)

@@ -27,7 +27,7 @@ from . import codegen, configs, tiles
 from .device import LOG2E, dot, dot_pair, load_rows, store_rows, stream_rows, tile_ranges, visited
 from .dropout import keep_scale, keep_tile, threshold
 from .launch import Launch, Plans, number, signature
-from .program import Program
+from .program import LEAVES, Program, postorder
 
 __all__ = ["attention_forward", "check", "describable", "describe", "on_device", "parts", "precision", "split", "strides", "traits"]
 
@@ -320,7 +320,7 @@ def _plan(
     masked = found.masked
     full = found.full if found.kv_bounds is not None else masked
     (D0, D1), (V0, V1) = split(D), split(DV)
-    tile = tile or configs.forward(N, M, D, DV, q.dtype, traits(found, program, dropout_p))
+    tile = tile or configs.forward(N, M, D0 + D1, V0 + V1, q.dtype, traits(found, program, dropout_p, D, DV))
     align, (qs, ks, vs, os) = strides(q, k, v, out)
     tma = tile.tma and D1 == 0 and V1 == 0 and describable(k, v)
     constants = (
@@ -333,7 +333,17 @@ def _plan(
     return _Plan(program, launch, ((tile.block_n, D0), (tile.block_n, V0)) if tma else None)
 
 
-def traits(found: Parts, program: Program, dropout_p: float) -> configs.Traits:
-    """What the choice of tiles depends on, of a program."""
-    table = any(node.op == "load" and node.depends_on("q") and node.depends_on("k") for node in program.loads)
-    return configs.Traits(masked=found.kv_bounds is not None, table=table, dropout=dropout_p > 0)
+def traits(found: Parts, program: Program, dropout_p: float, *dims: int) -> configs.Traits:
+    """What the choice of tiles depends on. dims: the head dims."""
+    loads = [(n.depends_on("q"), n.depends_on("k")) for n in program.loads]
+    work = sum(n.depends_on("score") and n.op not in LEAVES for n in postorder(program.root))
+    return configs.Traits(
+        masked=found.kv_bounds is not None,
+        busy=any(map(any, loads)) or work > _BUSY,
+        table=any(map(all, loads)),
+        dropout=dropout_p > 0,
+        parts=any(split(d)[1] for d in dims),
+    )
+
+
+_BUSY = 12  # operations on a score from which on its registers count

@@ -198,6 +198,26 @@ def sweep(only: str, limit: float) -> None:
         print(f"D{d} {name} {part}: " + " ".join(texts), flush=True)
 
 
+def tables() -> None:
+    """The gradient of a learned bias, by tile."""
+    for d in (64, 128):
+        results = []
+        for tile in _tiles([(128, 64), (64, 64), (64, 128), (128, 128)], [(4, 2), (8, 1), (8, 2), (4, 3)], (False,)):
+            configs._TABLE[128] = tile
+            run = Run(*SIZES[d], d, "bias, learned")
+            run.forward()
+            try:
+                ms = bench(run.backward)
+            except triton.runtime.errors.OutOfResources:
+                continue
+            results.append((run.flops * 2.5 / ms / 1e9, tile))
+            import fusion_kernels.backward as b
+
+            b._plans.clear()
+        results.sort(key=lambda r: -r[0])
+        print(f"D{d} table: " + " ".join(f"{v:.0f}:{t.block_m}x{t.block_n}w{t.warps}s{t.stages}" for v, t in results), flush=True)
+
+
 # ---------------------------------------------------------------- beside the others
 
 
@@ -323,11 +343,11 @@ def fp32() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["tiles", "peers", "fp32"])
+    parser.add_argument("what", choices=["tiles", "peers", "fp32", "tables"])
     parser.add_argument("--only", default="")
     parser.add_argument("--limit", type=float, default=240.0)
     options = parser.parse_args()
-    if options.what == "fp32":
-        fp32()
+    if options.what in ("fp32", "tables"):
+        {"fp32": fp32, "tables": tables}[options.what]()
     else:
         (sweep if options.what == "tiles" else peers)(options.only, options.limit)
