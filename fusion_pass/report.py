@@ -37,6 +37,7 @@ class Report:
     """The sites of every graph of one compile. ``str(report)`` is the text; `show` prints it."""
 
     graphs: list[GraphEntry] = field(default_factory=list)
+    names: set[str] = field(default_factory=set, repr=False)  # what Dynamo calls the parts of this compile
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -97,7 +98,9 @@ def graph() -> Iterator[GraphEntry]:
     With FUSION_PASS_REPORT=1 the entry is printed to stderr when it is complete.
     """
     global _current
-    report = _current if _collecting or _inside_compiled_code() else Report()
+    report = _current
+    if not _collecting and not _continued(_current):
+        report = Report(names=_dynamo_names())
     entry = GraphEntry(len(report.graphs))
     yield entry
     report.graphs.append(entry)
@@ -106,13 +109,27 @@ def graph() -> Iterator[GraphEntry]:
         _show(f"fusion_pass: graph {entry.index}: {_count(entry.sites)}", entry.sites, sys.stderr)
 
 
-def _inside_compiled_code() -> bool:
-    """Whether code that Dynamo generated is running further up the stack."""
+def _dynamo_names() -> set[str]:
+    """What the code that Dynamo made, and that is running up the stack, calls."""
+    names: set[str] = set()
     frame = sys._getframe(1)
-    while frame is not None:  # by the names that such code calls: a code object's identity may be that of a dead one
-        if any(name.startswith(("__compiled_fn_", "__resume_at_")) for name in frame.f_code.co_names):
-            return True
+    while frame is not None:
+        names.update(name for name in frame.f_code.co_names if name.startswith(("__compiled_fn_", "__resume_at_")))
         frame = frame.f_back
+    return names
+
+
+def _continued(report: Report) -> bool:
+    """Whether the graph at hand is a further one of the call that `report` is about.
+
+    Code that Dynamo made runs up the stack then. It is known by the names that it calls: those seen before, or, after the
+    first graph, whose own name nobody has seen yet, those of code that ran a graph of its own.
+    """
+    names = _dynamo_names()
+    ran = any(name.startswith("__compiled_fn_") for name in names)
+    if names and (names & report.names or (ran and report.graphs and not report.names)):
+        report.names |= names
+        return True
     return False
 
 

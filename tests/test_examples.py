@@ -37,7 +37,7 @@ def test_quickstart_with_fewer_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [("bert",), ("llama", "--train", "--length", "33"), ("t5",), ("vit",)])
+@pytest.mark.parametrize("arguments", [("bert",), ("llama", "--train", "--length", "33")])
 def test_hf_model(arguments: tuple[str, ...], tmp_path: Path) -> None:
     text = run("hf_model.py", *arguments, "--inner", "aot_eager", cwd=tmp_path)
     fused, _, total = text.split("fusion_pass: ")[1].split(maxsplit=3)[:3]
