@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from fuzz.judge import check
 from fuzz.programs import Written, programs
 
-PART = 50  # examples: about a quarter of a minute
+PART = 25  # examples: some ten seconds
 
 
 def run_part(base: int, part: int, examples: int, *, shrink: bool) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ a draw; the text is what is compiled, and what is printed when a test fails: `Wr
 from __future__ import annotations
 
 import linecache
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -45,7 +45,6 @@ class Written:
     """A program and how to run it.
 
     fused: whether the pass has to fuse it; None where either is right. dropout: its rate; 0 for none.
-    terms: the source with a softmax whose normalising sum is a constant.
     """
 
     source: str
@@ -56,12 +55,14 @@ class Written:
     inner: str
     seed: int
     dropout: float
-    terms: str = ""
 
     @property
     def uncancelled(self) -> Written:
         """The program with the sum under the softmax held constant: its gradients are the terms that cancel in those of the program."""
-        return replace(self, source=self.terms)
+        lines = self.source.splitlines()
+        softmax = [i for i, x in enumerate(lines) if x.startswith(("    p = ", "    e = ")) and "F.dropout(" not in x]
+        lines[softmax[0]] = "    p = torch.exp(s - torch.logsumexp(s, -1, keepdim=True).detach()).to(v.dtype)"
+        return replace(self, source="\n".join(x for i, x in enumerate(lines) if i not in softmax[1:]) + "\n")
 
     def build(self, **names: Any) -> Callable[..., Any]:
         """The function that the source defines; `names` replaces what it imports (``F``)."""
@@ -83,7 +84,7 @@ class Written:
             f'from fuzz.programs import Written\n\nSOURCE = """\n{self.source}"""\nINPUTS = (\n    '
             + ",\n    ".join(shown)
             + f",\n)\ncheck(Written(SOURCE, INPUTS, {self.dtype}, fused={self.fused}, dynamic={self.dynamic}, "
-            f"inner={self.inner!r}, seed={self.seed}, dropout={self.dropout}, terms={self.terms!r}))\n"
+            f"inner={self.inner!r}, seed={self.seed}, dropout={self.dropout}))\n"
         )
 
     def __repr__(self) -> str:
@@ -279,7 +280,10 @@ class Writer(Decisions):
             self.line(after)
 
     def folds(self) -> bool:
-        """Whether einsum sums over a dim of size 1: torch makes that a multiplication, and there is no product left to find."""
+        """Whether torch itself leaves no product to find: einsum over a dim of size 1 is a multiplication, and at a single position a
+        mask of positions is a number."""
+        if self.masks.structural and self.s.n == self.s.m == 1:
+            return True
         return min(self.s.d, self.s.m) == 1 and any("einsum" in x for x in self.lines)
 
     def _same_heads(self) -> bool:
@@ -439,9 +443,7 @@ def write(source: bytes) -> Written:
     before, after, returned = SPOILED.get(spoiled, ("", "", "out"))
     if before:
         w.line(before)
-    start = len(w.lines)
     w.softmax(-2 if spoiled == "dim" else -1)
-    end = len(w.lines)
     if after:
         w.line(after)
     dropout = 0.0 if spoiled else w.dropout()
@@ -452,16 +454,10 @@ def write(source: bytes) -> Written:
     if not any(x.grad for x in w.inputs) and w.chance(70):
         w.inputs[0] = replace(w.inputs[0], grad=True)
     names = ", ".join(x.name for x in w.inputs)
-    source = _function(names, w.lines)
-    constant = "p = torch.exp(s - torch.logsumexp(s, -1, keepdim=True).detach()).to(v.dtype)"
-    terms = _function(names, [*w.lines[:start], constant, *w.lines[end:]])
+    source = f"def attention({names}):\n" + "".join(f"    {x}\n" for x in w.lines)
     fused = None if min(w.s.n, w.s.m) == 1 and spoiled or w.folds() else not spoiled
     inner = "aot_eager" if w.chance(12) else "eager"
-    return Written(source, tuple(w.inputs), w.dtype, fused, w.dynamic, inner, w.pick(*range(256)), dropout, terms)
-
-
-def _function(names: str, lines: Sequence[str]) -> str:
-    return f"def attention({names}):\n" + "".join(f"    {x}\n" for x in lines)
+    return Written(source, tuple(w.inputs), w.dtype, fused, w.dynamic, inner, w.pick(*range(256)), dropout)
 
 
 def programs() -> st.SearchStrategy[Written]:
