@@ -180,6 +180,7 @@ def arguments() -> argparse.Namespace:
         "--compile-time", action="store_true", help="time the compile of a GPT-2 with and without the pass, no table"
     )
     parser.add_argument("--train", action="store_true", help="with --compile-time: a training step")
+    parser.add_argument("--repeats", type=int, default=3, help="with --compile-time: compiles of each kind (default 3)")
     parser.add_argument("--profile", action="store_true", help="with --compile-time: where the pass spends its time")
     given = parser.parse_args()
     given.warm = given.device == "cuda" if given.warm is None else given.warm
@@ -197,7 +198,7 @@ def main() -> int:
     cuda = given.device == "cuda"
     given.out.mkdir(parents=True, exist_ok=True)
     if given.compile_time:
-        result = compile_time(given.inner, given.train, given.device, given.profile)
+        result = compile_time(given.inner, given.train, given.device, given.profile, given.repeats)
         (given.out / "compile_time.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
         return "error" in result
     dtype = DTYPES[given.dtype or ("bf16" if cuda else "fp32")]

@@ -22,7 +22,6 @@ import time
 from typing import Any
 
 LAYERS = 12
-REPEATS = 3
 GOAL = 0.05  # of the compile time without the pass
 KEYS = ("first call", "first call cpu", "run_pass", "run_pass cpu", "import")
 LIMIT = 900  # seconds a process may take
@@ -106,28 +105,30 @@ def in_fresh_process(arguments: list[str]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compile_time(inner: str, train: bool, device: str, profile: bool = False) -> dict[str, Any]:
-    """Print and return the medians of `REPEATS` compiles without and with the pass, taken in turn."""
+def compile_time(inner: str, train: bool, device: str, profile: bool = False, repeats: int = 3) -> dict[str, Any]:
+    """Print and return the medians of `repeats` compiles without and with the pass, taken in turn."""
     arguments = [f"--inner={inner}", f"--device={device}", *(["--train"] if train else [])]
     runs: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         for with_pass in (False, True):
             result = in_fresh_process([*arguments, *(["--with-pass"] if with_pass else [])])
             if "error" in result:
                 print(f"compile time: {'with' if with_pass else 'without'} the pass: {result['error']}")
                 return result
             runs[with_pass].append(result)
+            clocks = "  ".join(f"{key} {result[key]:.2f} s" for key in KEYS if result[key])
+            print(f"{'with' if with_pass else 'without'} the pass: {clocks}", flush=True)
     median = {key: statistics.median(r[key] for r in runs[True]) for key in KEYS}
     without, without_cpu = (statistics.median(r[key] for r in runs[False]) for key in ("first call", "first call cpu"))
     share, share_cpu = median["run_pass"] / without, median["run_pass cpu"] / without_cpu
     last = runs[True][-1]
-    print(
-        f"GPT-2, {LAYERS} layers, {'training step' if train else 'forward'}, {inner} on {device}: medians of {REPEATS} processes"
-    )
+    what = "training step" if train else "forward"
+    print(f"GPT-2, {LAYERS} layers, {what}, {inner} on {device}: medians of {repeats}, each in its own process")
     print(f"  compile without the pass {without:8.2f} s")
     print(f"  compile with the pass    {median['first call']:8.2f} s   ({last['fused']} of {last['sites']} sites fused)")
-    print(f"  in run_pass  {median['run_pass']:8.3f} s   {share:.1%} of the compile without it (goal: {GOAL:.0%} at most)")
-    print(f"  importing the pass       {median['import']:8.3f} s   once a process")
+    print(f"  in run_pass              {median['run_pass']:8.2f} s   {share:.1%} of the compile without it (goal: {GOAL:.0%})")
+    print(f"  the same in CPU seconds  {median['run_pass cpu']:8.2f} s   {share_cpu:.1%} of {without_cpu:.2f} s")
+    print(f"  importing the pass       {median['import']:8.2f} s   once a process")
     if profile:
         print(in_fresh_process([*arguments, "--with-pass", "--profile"]).get("profile", ""))
     seconds = {
