@@ -23,14 +23,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 
 from . import codegen, configs
 from .backward_kernels import dkdv_tiles, dq_tiles
 from .backward_rows import deep_rows, delta_rows
 from .backward_table import table_tiles
 from .dropout import keep_scale, threshold
-from .forward import check, describable, describe, on_device, parts, precision, split, strides, traits
+from .forward import Blocks, check, describable, on_device, parts, precision, split, strides, tiles_of, traits
 from .launch import Launch, Plans, number, signature
 from .program import Program
 
@@ -42,7 +41,7 @@ _ROWS = 64  # rows a program of the small kernels
 
 @dataclass
 class _Plan:
-    """The launches of one kind of call. tma: descriptor blocks of (q, do) for dk and dv, of (k, v) for dq."""
+    """The launches of one kind of call, and the descriptors of (q, do) for dk and dv, of (k, v) for dq."""
 
     program: Program  # held, so that the id in the key stays its own
     wrt: tuple[int, ...]
@@ -50,9 +49,9 @@ class _Plan:
     delta: Launch
     deep: Launch | None
     dkdv: Launch
-    dkdv_tma: tuple[tuple[int, int], tuple[int, int]] | None
+    dkdv_tma: tuple[Blocks, Blocks] | None
     dq: Launch
-    dq_tma: tuple[tuple[int, int], tuple[int, int]] | None
+    dq_tma: tuple[Blocks, Blocks] | None
     tables: list[tuple[int, Launch]]
 
 
@@ -121,10 +120,11 @@ def _run(
         plan.deep(q, k, lse, base, level, aux)
     rows = (base, level, delta, flags, seed, aux)
     tma = plan.dkdv_tma
-    plan.dkdv(describe(q, *tma[0]) if tma else q, k, v, describe(do, *tma[1]) if tma else do, dk, dv, *rows)
+    queries, gradients = (tma[0].of(q), tma[1].of(do)) if tma else (q, do)
+    plan.dkdv(queries, k, v, gradients, dk, dv, *rows)
     tma = plan.dq_tma
-    daux = codegen.gradient_arguments([dcaptures[i] for i in plan.wrt])
-    plan.dq(q, describe(k, *tma[0]) if tma else k, describe(v, *tma[1]) if tma else v, do, dq, *rows, daux)
+    keys, values = (tma[0].of(k), tma[1].of(v)) if tma else (k, v)
+    plan.dq(q, keys, values, do, dq, *rows, codegen.gradient_arguments([dcaptures[i] for i in plan.wrt]))
     for position, launch in plan.tables:
         launch(q, k, v, do, *rows, dcaptures[position])
 
@@ -142,22 +142,36 @@ def _plan(
     masked = found.masked
     (D0, D1), (V0, V1) = split(D), split(DV)
     whole = D1 == 0 and V1 == 0
-    mode = precision(q.dtype)
+    mode = precision(q.dtype, max(D, DV))
     floor = max((found.floor + 24) * _LOG2E, -3.4e38)  # base 2; 24 > log(M): no longer sequence is taken
     flags = found.kv_bounds is not None or found.q_bounds is not None
     dims = (D, D0, D1, DV, V0, V1)
     sizes = (B, H, N, M, H // kv_heads)
     kind = traits(found, program, dropout_p, D, DV)
-    row_grid = triton.cdiv(N, _ROWS) * B * H
+    row_grid = tiles_of(N, _ROWS) * B * H
 
     align, (gs, os) = strides(do, out)
-    constants = (gs, os, H, N, floor, flags, align, DV, triton.next_power_of_2(DV), _ROWS)
+    constants = (gs, os, H, N, floor, flags, align, DV, max(16, 1 << (DV - 1).bit_length()), _ROWS)
     delta = Launch(delta_rows, row_grid, constants, warps=4, stages=1)
 
     align, (qs, ks, vs, gs) = strides(q, k, v, do)
     deep = None
     if masked.deep:
-        constants = (qs, ks, *sizes, -512.0 if found.full.deep else floor, masked.score, masked.factor, align, D, D0, D1, _ROWS, 32, mode)
+        constants = (
+            qs,
+            ks,
+            *sizes,
+            -512.0 if found.full.deep else floor,
+            masked.score,
+            masked.factor,
+            align,
+            D,
+            D0,
+            D1,
+            _ROWS,
+            32,
+            mode,
+        )
         deep = Launch(deep_rows, row_grid, constants, warps=4, stages=1)
 
     dropout = (threshold(dropout_p), keep_scale(dropout_p))
@@ -170,8 +184,8 @@ def _plan(
         full.score, full.factor, full.deep, full.dscore, full.dfactor,
         dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align, *dims, tile.block_m, tile.block_n, mode, tma,
     )  # fmt: skip
-    dkdv = Launch(dkdv_tiles, triton.cdiv(M, tile.block_n) * B * kv_heads, constants, tile.warps, tile.stages)
-    dkdv_tma = ((tile.block_m, D0), (tile.block_m, V0)) if tma else None
+    dkdv = Launch(dkdv_tiles, tiles_of(M, tile.block_n) * B * kv_heads, constants, tile.warps, tile.stages)
+    dkdv_tma = (Blocks(q, tile.block_m, D0), Blocks(do, tile.block_m, V0)) if tma else None
 
     tile = dq_tile or configs.backward_dq(N, M, D0 + D1, V0 + V1, q.dtype, kind)
     full = found.full if found.kv_bounds is not None else masked
@@ -182,8 +196,8 @@ def _plan(
         full.score, full.factor, full.deep, full.dscore, full.captures, full.dfactor,
         dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align, *dims, tile.block_m, tile.block_n, mode, tma,
     )  # fmt: skip
-    dq_launch = Launch(dq_tiles, triton.cdiv(N, tile.block_m) * B * H, constants, tile.warps, tile.stages)
-    dq_tma = ((tile.block_n, D0), (tile.block_n, V0)) if tma else None
+    dq_launch = Launch(dq_tiles, tiles_of(N, tile.block_m) * B * H, constants, tile.warps, tile.stages)
+    dq_tma = (Blocks(k, tile.block_n, D0), Blocks(v, tile.block_n, V0)) if tma else None
 
     tables = []
     for table in masked.tables:
@@ -191,7 +205,7 @@ def _plan(
         assert buffer is not None
         tile = configs.backward_table(N, M, D0 + D1, V0 + V1, q.dtype)
         place, offset = table.strides(buffer)
-        grid = triton.cdiv(N, tile.block_m) * triton.cdiv(M, tile.block_n) * (1 if table.all_b else B) * (1 if table.all_h else H)
+        grid = tiles_of(N, tile.block_m) * tiles_of(M, tile.block_n) * (1 if table.all_b else B) * (1 if table.all_h else H)
         constants = (
             qs, ks, vs, gs, place, offset, *sizes, *dropout, found.kv_bounds, masked.score, masked.factor, masked.deep, table.gradient,
             table.all_b, table.all_h, dropout_p > 0, align, *dims, tile.block_m, tile.block_n, mode,

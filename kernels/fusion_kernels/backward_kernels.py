@@ -1,5 +1,7 @@
 """The two kernels of the backward that carry its arithmetic: dk and dv by key tile, dq by query tile. See `backward`."""
 
+# Device functions are Triton's dialect, not Python's.
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 import triton
@@ -74,7 +76,8 @@ def _dkdv_loop(
 
 @triton.jit(do_not_specialize=["B", "H", "N", "M", "group", "limit", "scale"])
 def dkdv_tiles(
-    q, k, v, do, dk, dv, base, level, delta, flags, seed, aux, q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides,
+    q, k, v, do, dk, dv, base, level, delta, flags, seed, aux,
+    q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides,
     B, H, N, M, group, limit, scale,
     BOUNDS: tl.constexpr, SCORE: tl.constexpr, FACTOR: tl.constexpr, DEEP: tl.constexpr, DSCORE: tl.constexpr,
     DRATIO: tl.constexpr, FULL_SCORE: tl.constexpr, FULL_FACTOR: tl.constexpr, FULL_DEEP: tl.constexpr,
@@ -282,16 +285,16 @@ def dq_tiles(
         full_first = tl.where(every, 0, full_first)
         full_last = tl.where(every, 0, full_last)
     dq0, dq1 = _dq_loop(
-        dq0, dq1, q0, q1, do0, do1, k, v, row_base, row_level, row_delta, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux, daux,
-        seed, limit, scale, full_first, 0, 0, full_last - full_first,
+        dq0, dq1, q0, q1, do0, do1, k, v, row_base, row_level, row_delta, k_strides, v_strides,
+        b, h, kv_head, q_start, q_ok, sizes, aux, daux, seed, limit, scale, full_first, 0, 0, full_last - full_first,
         FULL_SCORE, FULL_FACTOR, FULL_DEEP, FULL_DSCORE, 1.0, FULL_CAPTURES, False, DROPOUT,
         D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
     )  # fmt: skip
     if not (BOUNDS is None and EVEN_M):
         jump = full_last - full_first
         dq0, dq1 = _dq_loop(
-            dq0, dq1, q0, q1, do0, do1, k, v, row_base, row_level, row_delta, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux, daux,
-            seed, limit, scale, first, full_first - first, jump, last - first - jump,
+            dq0, dq1, q0, q1, do0, do1, k, v, row_base, row_level, row_delta, k_strides, v_strides,
+            b, h, kv_head, q_start, q_ok, sizes, aux, daux, seed, limit, scale, first, full_first - first, jump, last - first - jump,
             SCORE, FACTOR, DEEP, DSCORE, DRATIO, CAPTURES, True, DROPOUT,
             D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
         )  # fmt: skip

@@ -1,5 +1,7 @@
 """What the backward needs of each row before it starts: sum(do * out), and where its log-sum-exp does not say enough."""
 
+# Device functions are Triton's dialect, not Python's.
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 import triton
@@ -41,7 +43,7 @@ def deep_rows(
     SCORE: tl.constexpr, FACTOR: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows with lse above `floor`: base = 0, level = lse. The others are looked at again: base = max x, level = log2 sum 2^(x - base)."""
+    """Rows with lse above `floor`: base = 0, level = lse. The others again: base = max x, level = log2 sum 2^(x - base)."""
     q_tiles = tl.cdiv(N, BLOCK_M)
     pid = tl.program_id(0)
     start = pid % q_tiles * BLOCK_M

@@ -5,6 +5,8 @@ registers: one store, the same result every time. Adding the tiles of the dq ker
 times as long, because each element of it is met by every batch.
 """
 
+# Device functions are Triton's dialect, not Python's.
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 import triton
@@ -25,7 +27,7 @@ def table_tiles(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """table[b?, h?, q, k] = sum of the load's gradient over the batches (ALL_B) and heads (ALL_H) that the table does not index."""
+    """table[b?, h?, q, k] = the load's gradient, summed over the batches (ALL_B) and heads (ALL_H) that share the table."""
     q_tiles = tl.cdiv(N, BLOCK_M)
     k_tiles = tl.cdiv(M, BLOCK_N)
     pid = tl.program_id(0)
@@ -98,5 +100,7 @@ def table_tiles(
             total += GRADIENT(s, dx, b, h, rows[:, None], keys[None, :], q_ok, k_ok, (B, H, N, M), aux)
     place = tl.cast(offset, tl.int64) + tl.cast(own // own_heads, tl.int64) * table_strides[0]
     place += tl.cast(own % own_heads, tl.int64) * table_strides[1]
-    pointers = table + place + tl.cast(rows, tl.int64)[:, None] * table_strides[2] + tl.cast(keys, tl.int64)[None, :] * table_strides[3]
+    pointers = (
+        table + place + tl.cast(rows, tl.int64)[:, None] * table_strides[2] + tl.cast(keys, tl.int64)[None, :] * table_strides[3]
+    )
     tl.store(pointers, total, mask=q_ok & k_ok)

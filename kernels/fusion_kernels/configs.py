@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["EXACT_FP32", "Tile", "Traits", "backward_dkdv", "backward_dq", "backward_table", "forward"]
+__all__ = ["TF32X3_WIDTH", "Tile", "Traits", "backward_dkdv", "backward_dq", "backward_table", "forward"]
 
-# How fp32 products are taken where tf32 is not allowed: three tf32 products on the tensor cores. Error 1.0 to 1.6 times that of
-# "ieee" (plain multiply-add, about eager's own error), 3 to 20 times its speed (causal, N = 1024, D = 64 and 128).
-EXACT_FP32 = "tf32x3"
+# Where tf32 is not allowed, fp32 products are three tf32 products on the tensor cores up to this head dim: error 1.0 to 1.6 times
+# that of plain multiply-add, 3 to 20 times its speed (causal, N = 1024, D = 64, 128). At 200 its error is 3.6 times eager's.
+TF32X3_WIDTH = 128
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,11 @@ class Traits:
 # choice, and in brackets the best of the others ("masked" under a causal mask, "parts" at D = 80 under one).
 _FORWARD = {
     "full": {64: Tile(128, 128, 4, 3, True), 128: Tile(128, 128, 8, 3), 256: Tile(64, 64, 4, 3, True)},  # 437 (423), 493 (480)
-    "masked": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3, True), 256: Tile(64, 64, 4, 3, True)},  # 379 (374), 432 (434), 453 (446)
+    "masked": {
+        64: Tile(64, 64, 4, 3),
+        128: Tile(64, 64, 4, 3, True),
+        256: Tile(64, 64, 4, 3, True),
+    },  # 379 (374), 432 (434), 453 (446)
     "table": {64: Tile(64, 64, 4, 3), 128: Tile(128, 64, 8, 4, True), 256: Tile(64, 64, 4, 2, True)},  # at 128: 366 (360)
     "dropout": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2, True), 256: Tile(64, 64, 4, 2, True)},  # 178 (178), 259 (264)
     "parts": {128: Tile(128, 64, 4, 3), 256: Tile(64, 64, 4, 2)},  # 345 (331)
@@ -76,8 +80,16 @@ _DKDV = {
     "parts": {128: Tile(64, 64, 4, 2), 256: Tile(64, 64, 8, 2)},  # 240 (218)
 }
 _DQ = {
-    "full": {64: Tile(128, 64, 4, 3, True), 128: Tile(128, 64, 8, 3, True), 256: Tile(64, 64, 4, 2, True)},  # 339 (341), 375 (369)
-    "masked": {64: Tile(64, 64, 4, 3, True), 128: Tile(64, 64, 4, 2, True), 256: Tile(64, 64, 4, 2, True)},  # 296 (298), 333 (336)
+    "full": {
+        64: Tile(128, 64, 4, 3, True),
+        128: Tile(128, 64, 8, 3, True),
+        256: Tile(64, 64, 4, 2, True),
+    },  # 339 (341), 375 (369)
+    "masked": {
+        64: Tile(64, 64, 4, 3, True),
+        128: Tile(64, 64, 4, 2, True),
+        256: Tile(64, 64, 4, 2, True),
+    },  # 296 (298), 333 (336)
     "table": {64: Tile(128, 64, 8, 3, True), 128: Tile(128, 64, 8, 3, True), 256: Tile(64, 64, 4, 2, True)},  # at 128: 276 (274)
     "dropout": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2, True), 256: Tile(64, 64, 4, 2, True)},  # 171 (167), 233 (228)
     "parts": {128: Tile(64, 64, 4, 2), 256: Tile(64, 64, 8, 2)},  # 256 (216)
@@ -86,7 +98,7 @@ _DQ = {
 _FORWARD32 = {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 4, 1)}  # 53 (50), 39 (27)
 _DKDV32 = {64: Tile(32, 64, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(32, 32, 4, 1)}  # 28 (28), 26 (27)
 _DQ32 = {64: Tile(64, 64, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(32, 32, 4, 1)}  # 32 (29), 26 (20)
-_TABLE = {128: Tile(128, 64, 8, 2), 256: Tile(64, 64, 4, 1)}
+_TABLE = {64: Tile(64, 64, 4, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 64, 4, 1)}  # at 64, whole backward: 140 (139)
 _TABLE32 = {128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)}
 
 

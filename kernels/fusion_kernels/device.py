@@ -1,11 +1,24 @@
 """Device functions that the attention kernels and the generated score functions share: tiles, products, ranges, scalar math."""
 
+# Device functions are Triton's dialect, not Python's.
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-__all__ = ["dot", "dot_pair", "floor_divide", "floor_modulo", "load_rows", "probability", "store_rows", "stream_rows", "tile_ranges", "visited"]
+__all__ = [
+    "dot",
+    "dot_pair",
+    "floor_divide",
+    "floor_modulo",
+    "load_rows",
+    "probability",
+    "store_rows",
+    "stream_rows",
+    "tile_ranges",
+    "visited",
+]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -41,7 +54,7 @@ def load_rows(
     x, start, size, row_stride, column_stride,
     FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Rows [start, start + ROWS) and columns [FIRST, FIRST + WIDTH) of a matrix; zero past DIM columns, and past `size` rows if TAIL."""
+    """Rows [start, start + ROWS), columns [FIRST, FIRST + WIDTH) of a matrix; zeros past DIM columns, past `size` rows if TAIL."""
     pointers = row_pointers(x, start, row_stride, column_stride, FIRST, WIDTH, ROWS)
     rows = start + tl.arange(0, ROWS)
     columns = FIRST + tl.arange(0, WIDTH)

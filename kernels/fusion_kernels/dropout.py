@@ -5,12 +5,15 @@ key = the two halves of the seed, counter = (k // 4, q, b * H + h, 0); the four 
 4 * (k // 4) + 0..3. An element is kept iff the upper 24 bits of its word are at least round(p * 2^24).
 """
 
+# Device functions are Triton's dialect, not Python's.
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 __all__ = ["keep_tile", "threshold"]
+
 
 def threshold(p: float) -> int:
     """The 24-bit word below which an element is dropped; p in [0, 1]."""
@@ -50,7 +53,7 @@ def keep_tile(
     seed, limit, bh, q_start, k_start,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """Which elements of the tile (q_start + ROWS, k_start + COLUMNS) are kept: (ROWS, COLUMNS), or its transpose. k_start % 4 == 0."""
+    """Which elements of the tile at (q_start, k_start) are kept: (ROWS, COLUMNS), or its transpose. k_start % 4 == 0."""
     groups: tl.constexpr = COLUMNS // 4
     if TRANSPOSED:
         q = (q_start + tl.arange(0, ROWS))[None, :]

@@ -9,6 +9,8 @@ The row maximum is carried in the units of the score; 2^(x * log2(e) - max * log
 and a constant factor at the root of the program is folded into it.
 """
 
+# Device functions are Triton's dialect, not Python's.
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 import math
@@ -28,8 +30,9 @@ from .device import LOG2E, dot, dot_pair, load_rows, store_rows, stream_rows, ti
 from .dropout import keep_scale, keep_tile, threshold
 from .launch import Launch, Plans, number, signature
 from .program import LEAVES, Program, postorder
+from .source import INDEX_LIMIT
 
-__all__ = ["attention_forward", "check", "describable", "describe", "on_device", "parts", "precision", "split", "strides", "traits"]
+__all__ = ["Blocks", "attention_forward", "check", "describable", "on_device", "parts", "precision", "split", "strides", "traits"]
 
 
 @triton.jit
@@ -58,7 +61,7 @@ def _loop(
         else:
             x = SCORE(s, b, h, q[:, None], keys[None, :], q_ok, True, sizes, aux)
         higher = tl.maximum(peak, tl.max(x, 1) * FACTOR)
-        finite = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf is NaN; a row of -inf so far adds nothing
+        finite = tl.where(higher == float("-inf"), 0.0, higher)  # a row of -inf so far adds nothing (-inf - -inf is NaN)
         if WIDE:
             p = tl.math.exp2((x - finite[:, None]) * LOG2E)
             decay = tl.math.exp2((peak - finite) * LOG2E)
@@ -84,7 +87,8 @@ def _forward(
     q, k, v, out, lse, seed, aux, q_strides, k_strides, v_strides, out_strides, B, H, N, M, group, limit, scale, revisit,
     BOUNDS: tl.constexpr, SCORE: tl.constexpr, FACTOR: tl.constexpr, WIDE: tl.constexpr,
     FULL_SCORE: tl.constexpr, FULL_FACTOR: tl.constexpr, FULL_WIDE: tl.constexpr,
-    REVISIT: tl.constexpr, ZERO_ROWS: tl.constexpr, DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, ALIGN: tl.constexpr,
+    REVISIT: tl.constexpr, ZERO_ROWS: tl.constexpr, DROPOUT: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -151,8 +155,8 @@ def _forward(
                     count = tl.where(needs > 0, tl.cdiv(M, BLOCK_N) - jump, 0)
                     first = 0
             acc0, acc1, peak, total = _loop(
-                acc0, acc1, peak, total, q0, q1, k, v, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux, seed, limit,
-                first, cut, jump, count, SCORE, FACTOR, WIDE, True, DROPOUT,
+                acc0, acc1, peak, total, q0, q1, k, v, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux,
+                seed, limit, first, cut, jump, count, SCORE, FACTOR, WIDE, True, DROPOUT,
                 D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
             )  # fmt: skip
 
@@ -172,12 +176,21 @@ def _forward(
 
 def split(dim: int) -> tuple[int, int]:
     """A head dim as one or two powers of two of at least 16 that cover it: 72 -> (64, 16), 80 -> (64, 16), 100 -> (128, 0)."""
-    whole = max(16, triton.next_power_of_2(dim))
+    whole = max(16, _power(dim))
     first = whole // 2
     if dim <= 16 or dim - first <= 0:
         return whole, 0
-    second = max(16, triton.next_power_of_2(dim - first))
+    second = max(16, _power(dim - first))
     return (first, second) if first >= 16 and first + second < whole else (whole, 0)
+
+
+def _power(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def tiles_of(length: int, block: int) -> int:
+    return -(-length // block)
 
 
 def strides(*tensors: torch.Tensor) -> tuple[int, list[tuple[int, ...]]]:
@@ -197,11 +210,22 @@ def describable(*tensors: torch.Tensor) -> bool:
     )
 
 
-def describe(tensor: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
-    """A descriptor of (1, 1, rows, width) blocks; past the ends it reads zeros. The stride of a dim of one is of no account."""
-    unit = 16 // tensor.element_size()
-    outer = [s if n > 1 else unit for n, s in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)]
-    return TensorDescriptor(tensor, list(tensor.shape), [*outer, 1], [1, 1, rows, width])
+class Blocks:
+    """Descriptors of tensors that lie as one did: blocks of (1, 1, rows, width), and zeros past the ends.
+
+    Triton's constructor checks what it is given, at 10 us each; here it does so once.
+    """
+
+    def __init__(self, tensor: torch.Tensor, rows: int, width: int) -> None:
+        unit = 16 // tensor.element_size()  # the stride of a dim of one is of no account, but has to be a multiple of this
+        outer = [s if n > 1 else unit for n, s in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)]
+        self.fields = dict(vars(TensorDescriptor(tensor, list(tensor.shape), [*outer, 1], [1, 1, rows, width])))
+        del self.fields["base"]
+
+    def of(self, tensor: torch.Tensor) -> TensorDescriptor:
+        descriptor = object.__new__(TensorDescriptor)
+        descriptor.__dict__.update(self.fields, base=tensor)
+        return descriptor
 
 
 def on_device(x: torch.Tensor) -> Any:
@@ -211,11 +235,13 @@ def on_device(x: torch.Tensor) -> Any:
     return _NOWHERE
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How fp32 products are taken: as eager takes them."""
+def precision(dtype: torch.dtype, width: int) -> str:
+    """How fp32 products over `width` terms are taken: as exactly as eager takes them."""
     if dtype != torch.float32:
         return "ieee"  # 16-bit operands: exact products, fp32 sums, whatever this says
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else configs.EXACT_FP32
+    if torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return "tf32x3" if width <= configs.TF32X3_WIDTH else "ieee"
 
 
 @dataclass(frozen=True)
@@ -254,8 +280,8 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             raise TypeError(f"fusion_kernels: {name} is {x.dtype}; the Triton kernels take float32, float16 or bfloat16: cast it")
         if x.shape[3] > 256:
             raise ValueError(f"fusion_kernels: {name} has head dim {x.shape[3]}; the Triton kernels take at most 256")
-        if x.shape[2] > codegen.INDEX_LIMIT:
-            raise ValueError(f"fusion_kernels: {name} has {x.shape[2]} positions; the Triton kernels take {codegen.INDEX_LIMIT}")
+        if x.shape[2] > INDEX_LIMIT:
+            raise ValueError(f"fusion_kernels: {name} has {x.shape[2]} positions; the Triton kernels take {INDEX_LIMIT}")
 
 
 def attention_forward(
@@ -292,8 +318,7 @@ def attention_forward(
     if plan is None:
         plan = _plans[key] = _plan(q, k, v, captures, program, dropout_p, out, tile)
     tma = plan.tma
-    keys = describe(k, *tma[0]) if tma else k
-    values = describe(v, *tma[1]) if tma else v
+    keys, values = (tma[0].of(k), tma[1].of(v)) if tma else (k, v)
     with on_device(q):
         plan.launch(q, keys, values, out, lse, seed if dropout_p > 0 else None, codegen.aux_arguments(program, captures, params))
 
@@ -302,7 +327,7 @@ def attention_forward(
 class _Plan:
     program: Program  # held, so that the id in the key stays its own
     launch: Launch
-    tma: tuple[tuple[int, int], tuple[int, int]] | None  # the blocks of k and v, where they go through the copy engine
+    tma: tuple[Blocks, Blocks] | None  # of k and v, where they go through the copy engine
 
 
 _plans: dict[Any, _Plan] = Plans()
@@ -327,10 +352,10 @@ def _plan(
         qs, ks, vs, os, B, H, N, M, H // k.shape[1], threshold(dropout_p), keep_scale(dropout_p), found.floor,
         found.kv_bounds, masked.score, masked.factor, masked.wide, full.score, full.factor, full.wide,
         found.revisit, program.zero_rows, dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align,
-        D, D0, D1, DV, V0, V1, tile.block_m, tile.block_n, precision(q.dtype), tma,
+        D, D0, D1, DV, V0, V1, tile.block_m, tile.block_n, precision(q.dtype, max(D, DV)), tma,
     )  # fmt: skip
-    launch = Launch(_forward, triton.cdiv(N, tile.block_m) * B * H, constants, tile.warps, tile.stages)
-    return _Plan(program, launch, ((tile.block_n, D0), (tile.block_n, V0)) if tma else None)
+    launch = Launch(_forward, tiles_of(N, tile.block_m) * B * H, constants, tile.warps, tile.stages)
+    return _Plan(program, launch, (Blocks(k, tile.block_n, D0), Blocks(v, tile.block_n, V0)) if tma else None)
 
 
 def traits(found: Parts, program: Program, dropout_p: float, *dims: int) -> configs.Traits:

@@ -46,7 +46,7 @@ def number(value: int) -> tuple[bool, bool, bool]:
 
 
 class Plans(dict[Hashable, Any]):
-    """What was worked out for a key. Bounded: a program that makes thousands of lengths starts over (Triton keeps the binaries)."""
+    """What was worked out for a key. Bounded: after thousands of shapes it starts over (Triton keeps the binaries)."""
 
     LIMIT = 4096
 

@@ -28,7 +28,9 @@ def jobs() -> list[tuple[str, Shape, torch.dtype, dict[str, Any]]]:
     names = ("plain", "causal", "strictly anticausal, -1e9", "window", "bias")
     out += [(n, Shape(2, 2, 2, *size, 128, 128), BF16, {}) for n, size in itertools.product(names, LENGTHS)]
     out += [(n, Shape(2, 2, 2, *size, 64, 64), FP32, {}) for n, size in itertools.product(("plain", "causal"), LENGTHS)]
-    out += [("causal", Shape(2, 3, 1, 197, 261, 64, 64), t, {"p": p}) for p, t in itertools.product((0.1, 0.5, 1.0), (BF16, FP32))]
+    out += [
+        ("causal", Shape(2, 3, 1, 197, 261, 64, 64), t, {"p": p}) for p, t in itertools.product((0.1, 0.5, 1.0), (BF16, FP32))
+    ]
     out += [(n, Shape(2, 4, 4, 256, 256, 64, 64), BF16, {"transposed": False}) for n in ("plain", "causal", "alibi")]
     return out
 

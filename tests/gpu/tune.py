@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import triton
-
 from fusion_kernels import configs
 from fusion_kernels.backward import attention_backward
 from fusion_kernels.configs import Tile
@@ -79,7 +78,9 @@ def works(batch: int, heads: int, n: int, d: int) -> dict[str, Callable[[], Work
 class Run:
     """One problem with its buffers: `forward()` and `backward()` launch the kernels, with tiles of choice."""
 
-    def __init__(self, batch: int, heads: int, n: int, d: int, name: str, dtype: torch.dtype = torch.bfloat16, group: int = 1) -> None:
+    def __init__(
+        self, batch: int, heads: int, n: int, d: int, name: str, dtype: torch.dtype = torch.bfloat16, group: int = 1
+    ) -> None:
         torch.manual_seed(0)
         name, _, kind = name.partition(" in ")
         dtype = getattr(torch, kind) if kind else dtype
@@ -91,7 +92,9 @@ class Run:
         self.dq, self.dk, self.dv = torch.empty_like(self.q), torch.empty_like(self.k), torch.empty_like(self.v)
         self.seed = torch.tensor(123456789, device="cuda")
         self.flops = 4 * batch * heads * n * n * d * self.work.share
-        self.buffers = [torch.zeros(c.shape, device="cuda") if i in self.work.wrt else None for i, c in enumerate(self.work.captures)]
+        self.buffers = [
+            torch.zeros(c.shape, device="cuda") if i in self.work.wrt else None for i, c in enumerate(self.work.captures)
+        ]
         self.needs = [b is not None for b in self.buffers]
 
     def forward(self, tile: Tile | None = None) -> None:
@@ -115,18 +118,26 @@ def bench(f: Callable[[], Any], rep: int = 60) -> float:
 SIZES = {64: (4, 32, 4096), 128: (4, 16, 4096), 256: (4, 8, 4096), 80: (4, 16, 4096), 72: (4, 16, 4096)}
 
 
-def _tiles(shapes: list[tuple[int, int]], warps_stages: list[tuple[int, int]], tma: tuple[bool, ...] = (False, True)) -> list[Tile]:
+def _tiles(
+    shapes: list[tuple[int, int]], warps_stages: list[tuple[int, int]], tma: tuple[bool, ...] = (False, True)
+) -> list[Tile]:
     return [Tile(m, n, w, s, t) for (m, n), (w, s), t in itertools.product(shapes, warps_stages, tma)]
 
 
 FORWARD = {
-    64: _tiles([(128, 64), (128, 128)], [(4, 2), (4, 3), (8, 3)]) + _tiles([(64, 64), (64, 128)], [(4, 3)]) + _tiles([(256, 64)], [(8, 3)]),
-    128: _tiles([(128, 64)], [(4, 3), (8, 2), (8, 3), (8, 4)]) + _tiles([(128, 128)], [(8, 2), (8, 3)]) + _tiles([(64, 64), (64, 128)], [(4, 2), (4, 3)]),
+    64: _tiles([(128, 64), (128, 128)], [(4, 2), (4, 3), (8, 3)])
+    + _tiles([(64, 64), (64, 128)], [(4, 3)])
+    + _tiles([(256, 64)], [(8, 3)]),
+    128: _tiles([(128, 64)], [(4, 3), (8, 2), (8, 3), (8, 4)])
+    + _tiles([(128, 128)], [(8, 2), (8, 3)])
+    + _tiles([(64, 64), (64, 128)], [(4, 2), (4, 3)]),
     256: _tiles([(128, 64), (128, 32)], [(8, 2)]) + _tiles([(64, 64), (64, 32)], [(4, 2), (4, 3)]),
     80: _tiles([(128, 64), (128, 128)], [(8, 2), (8, 3)], (False,)) + _tiles([(64, 64), (128, 64)], [(4, 3)], (False,)),
 }
 DKDV = {
-    64: _tiles([(64, 128)], [(8, 2), (8, 3)]) + _tiles([(64, 64), (32, 128), (64, 128)], [(4, 3)]) + _tiles([(128, 128)], [(8, 2)]),
+    64: _tiles([(64, 128)], [(8, 2), (8, 3)])
+    + _tiles([(64, 64), (32, 128), (64, 128)], [(4, 3)])
+    + _tiles([(128, 128)], [(8, 2)]),
     128: _tiles([(64, 128)], [(8, 2), (8, 3)]) + _tiles([(64, 64), (32, 64)], [(4, 2), (4, 3)]) + _tiles([(32, 128)], [(8, 3)]),
     256: _tiles([(32, 64), (64, 64)], [(4, 1), (8, 1), (8, 2)]),
     80: _tiles([(64, 128)], [(8, 2)], (False,)) + _tiles([(64, 64), (32, 64)], [(4, 2)], (False,)),
@@ -142,7 +153,19 @@ FLOAT32 = {
     "dkdv": _tiles([(32, 32), (32, 64), (64, 64), (16, 64), (64, 32)], [(4, 1), (8, 1), (4, 2)], (False,)),
     "dq": _tiles([(32, 32), (64, 32), (64, 64), (64, 16)], [(4, 1), (8, 1), (4, 2)], (False,)),
 }
-SWEEP = [(64, "full"), (64, "causal"), (128, "full"), (128, "causal"), (64, "dropout"), (128, "dropout"), (128, "bias"), (256, "causal"), (80, "causal"), (64, "causal in float32"), (128, "causal in float32")]
+SWEEP = [
+    (64, "full"),
+    (64, "causal"),
+    (128, "full"),
+    (128, "causal"),
+    (64, "dropout"),
+    (128, "dropout"),
+    (128, "bias"),
+    (256, "causal"),
+    (80, "causal"),
+    (64, "causal in float32"),
+    (128, "causal in float32"),
+]
 
 
 def variants(only: str) -> list[tuple[int, str, str, Tile]]:
@@ -203,7 +226,7 @@ def tables() -> None:
     for d in (64, 128):
         results = []
         for tile in _tiles([(128, 64), (64, 64), (64, 128), (128, 128)], [(4, 2), (8, 1), (8, 2), (4, 3)], (False,)):
-            configs._TABLE[128] = tile
+            configs._TABLE[d] = tile
             run = Run(*SIZES[d], d, "bias, learned")
             run.forward()
             try:
@@ -313,7 +336,7 @@ def peers(only: str, limit: float) -> None:
 def fp32() -> None:
     """What exact fp32 products cost and lose, and what one launch costs the host."""
     for d, mode in itertools.product((64, 128), ("ieee", "tf32x3")):
-        configs.EXACT_FP32 = mode
+        configs.TF32X3_WIDTH = 256 if mode == "tf32x3" else 0
         run = Run(2, 8, 1024, d, "causal", torch.float32)
         run.forward()
         run.backward()
