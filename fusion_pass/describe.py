@@ -61,11 +61,6 @@ REDUCTIONS = frozenset({"softmax", "log_softmax", "sum", "amax", "logsumexp"})
 DETACHING = frozenset({"detach.default"})
 
 
-def _made_of_nothing(record: Record) -> bool:
-    """arange, full and their like: no gradient to stop."""
-    return not any(True for _ in record.inputs())
-
-
 class Describer:
     """Element expressions over one tape. One instance a site, so that its axes stay its own."""
 
@@ -104,7 +99,7 @@ class Describer:
         record = value.record
         if record is None or not self.grad or not value.dtype.is_floating_point:
             return False
-        return record.op in DETACHING or not record.grad
+        return (record.op in DETACHING or not record.grad) and any(v.differentiable for v in record.inputs())
 
     def step(self, value: Value, index: Index) -> tuple[Value, list[sympy.Expr]] | None:
         """One view down, where gradients flow through it."""
@@ -122,7 +117,7 @@ class Describer:
         if step is not None:
             return self.element(*step)
         record = value.record
-        if record is None or value.dtype.is_complex or (self.cut(value) and not _made_of_nothing(record)):
+        if record is None or value.dtype.is_complex or self.cut(value):
             return self.leaf(value, index)
         if record.op in PRODUCTS:
             return self.product(record, index)

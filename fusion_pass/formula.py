@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fusion_kernels.program import Node, Program, postorder
-from fusion_kernels.tiles import full_program, kv_bounds
+import sympy
+from fusion_kernels.masks import split
+from fusion_kernels.program import Node, Program
+from fusion_kernels.tiles import kv_bounds
 
 from .site import MaskFacts
 
@@ -26,27 +28,65 @@ def formula(program: Program, names: Sequence[str], params: Sequence[str]) -> st
 
 def mask_facts(program: Program, names: Sequence[str], params: Sequence[str]) -> MaskFacts:
     """What the program alone proves about the mask: which keys a query can see, and whether tiles are skipped."""
-    if kv_bounds(program) is None:
+    found = split(program.root)
+    if found is None or kv_bounds(program) is None:
         return MaskFacts("full: no key is known to be masked from positions alone", False)
     printer = _Printer(names, params)
-    kept = set(postorder(full_program(program).root))
-    gone = [n for n in postorder(program.root) if n.kind == "bool" and n not in kept and _positions_only(n)]
-    outer = [n for n in gone if not any(n in m.args and m.kind == "bool" for m in gone)]
-    words = " and ".join(printer.text(n, 1) for n in outer)
-    kind = "causal" if any(_causal(n) for n in gone) else "masked by position"
-    return MaskFacts(f"{kind}: {words}" if words else kind, True)
+    words, causal = [], False
+    for part in _conjuncts(found.dead, False):
+        text, bounds_keys = _condition(part, printer)
+        words.append(text)
+        causal |= bounds_keys
+    return MaskFacts(f"{'causal' if causal else 'masked by position'}: {' and '.join(words)}", True)
 
 
-def _positions_only(node: Node) -> bool:
-    return node.depends_on("q", "k") and not any(leaf.op in ("score", "load", "grad") for leaf in node.leaves)
+_OPPOSITE = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}
 
 
-def _causal(node: Node) -> bool:
-    """k <= q + c, in any of its spellings."""
-    if node.op not in ("le", "lt", "ge", "gt"):
-        return False
-    small, large = node.args if node.op in ("le", "lt") else node.args[::-1]
-    return small.depends_on("k") and large.depends_on("q")
+def _conjuncts(node: Node, wanted: bool) -> list[Node]:
+    """Conditions that hold together where `node` is `wanted`, negations moved inward."""
+    if node.op == "not":
+        return _conjuncts(node.args[0], not wanted)
+    if node.op == ("and" if wanted else "or"):
+        return [c for a in node.args for c in _conjuncts(a, wanted)]
+    if wanted:
+        return [node]
+    if node.op in _OPPOSITE:
+        return [Node.make(_OPPOSITE[node.op], *node.args)]
+    return [Node.make("not", node)]
+
+
+def _condition(node: Node, printer: _Printer) -> tuple[str, bool]:
+    """A condition as text, solved for k where it is linear, and whether it is of the form k <= q + c."""
+    if node.op not in _OPPOSITE or node.args[0].kind != "int":
+        return printer.text(node, 1), False
+    try:
+        k = sympy.Symbol("k")
+        left, right = (_sympy(a, printer) for a in node.args)
+        difference = sympy.expand(left - right)
+        factor = difference.coeff(k, 1)
+    except NotImplementedError:
+        return printer.text(node, 1), False
+    rest = sympy.expand(difference - factor * k)
+    if factor not in (1, -1) or rest.has(k):
+        return printer.text(node, 1), False
+    op = node.op if factor == 1 else {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le"}.get(node.op, node.op)
+    bound = -rest * factor
+    if op in ("lt", "gt"):  # whole numbers: k < q + 1 is k <= q
+        op, bound = {"lt": ("le", bound - 1), "gt": ("ge", bound + 1)}[op]
+    below = op == "le" and bound.coeff(sympy.Symbol("q"), 1) == 1
+    return f"k {_INFIX[op][0]} {bound}", below
+
+
+def _sympy(node: Node, printer: _Printer) -> sympy.Expr:
+    if node.op == "const":
+        return sympy.Integer(int(node.attr))  # pyright: ignore[reportArgumentType]
+    if node.op in ("index", "size", "param"):
+        return sympy.Symbol(printer.text(node))
+    if node.op in ("add", "sub", "mul"):
+        a, b = (_sympy(x, printer) for x in node.args)
+        return {"add": a + b, "sub": a - b, "mul": a * b}[node.op]
+    raise NotImplementedError(node.op)
 
 
 class _Printer:

@@ -61,13 +61,13 @@ def _at_most(size: sympy.Expr, limit: int, shadow: Shadow) -> bool:
 
 
 def _check_writes(shadow: Shadow, match: Match, scores: Scores) -> None:
-    """The op reads its inputs where the output stood: nothing may have written them since they were used."""
+    """The op reads its inputs where the output stood: nothing may write them between their use and that."""
     end = match.anchor.product.seq
     read: Iterable[Value] = [match.q.value, match.k.value, match.v.value, *(c for c in scores.captures if isinstance(c, Value))]
     for value in read:
-        if shadow.written_between(value, end):
-            raise Refused(Reason.MUTATION, f"{tuple(value.shape)} tensor is written in place between its use and the end of the attention",
-                          "no write to an input of the attention before its end")  # fmt: skip
+        if shadow.written_between(value, value.seq, end):
+            raise Refused(Reason.MUTATION, f"a {tuple(value.shape)} tensor is written in place before the attention is done with it",
+                          "inputs of the attention that nothing writes before its end")  # fmt: skip
     for value in match.walked:
         if value.before is not None:
             raise Refused(Reason.MUTATION, f"a {tuple(value.shape)} tensor of the attention is written through a view of it",

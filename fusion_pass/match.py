@@ -107,6 +107,20 @@ def _is_softmax(record: Record) -> bool:
     return source is not None and source.op == "exp.default"
 
 
+def _noise(node: Node) -> tuple[float, Node] | None:
+    """``x * (bernoulli(keep) / keep)``, as dropout in place comes to: the rate and x."""
+    if node.op != "mul":
+        return None
+    for x, noise in (node.args, node.args[::-1]):
+        while noise.op.startswith("round_"):
+            noise = noise.args[0]
+        if noise.op == "div" and noise.args[1].op == "const" and noise.args[0].op == "bernoulli":
+            keep = noise.args[0].attr[0]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
+            if abs(keep - noise.args[1].attr) < 1e-6:  # pyright: ignore[reportOperatorIssue]
+                return 1.0 - keep, x
+    return None
+
+
 def _written(value: Value) -> bool:
     """Whether the value was left by a write that no rule describes (through a view, or by index)."""
     return value.before is not None or (value.record is not None and value.record.mutates)
@@ -191,10 +205,16 @@ class _Matcher:
         if new_splits:
             return new_splits
         inner = dot.attr[5]  # pyright: ignore
-        batch, heads, kv_heads = self._grouping([*k_chain, *v_chain])
-        q = self._factor("queries", q_chain, (batch, heads, [self.query], [inner]))
-        k = self._factor("keys", k_chain, (batch, kv_heads, [self.key], [inner]))
-        v = self._factor("values", v_chain, (batch, kv_heads, [key], [self.dim]))
+        for depth in (-1, 0):  # keys and values before they are repeated for the heads of a group; else as they are given
+            batch, heads, kv_heads = self._grouping([k_chain[depth], v_chain[depth]])
+            try:
+                q = self._factor("queries", q_chain, (batch, heads, [self.query], [inner]))
+                k = self._factor("keys", k_chain, (batch, kv_heads, [self.key], [inner]))
+                v = self._factor("values", v_chain, (batch, kv_heads, [key], [self.dim]))
+                break
+            except Refused:
+                if depth == 0:
+                    raise
         out_steps = self._out_steps(output, places, batch, heads, dim_parts)
         walked = self.d.seen | set(chain) | {output, product.outputs[0]}
         for chain_ in (q_chain, k_chain, v_chain):
@@ -257,8 +277,7 @@ class _Matcher:
 
     def _grouping(self, links: list[tuple[Value, Sequence[sympy.Expr]]]) -> tuple[list[sympy.Symbol], ...]:
         """Batch, head and kv head axes. Axes that neither keys nor values read are the query heads of one kv head."""
-        read = {a for _, index in links[-1:] + links[:1] for e in index for a in self.axes.of(e)}
-        read |= {a for _, index in links for e in index for a in self.axes.of(e)} & read
+        read = {a for _, index in links for e in index for a in self.axes.of(e)}
         deepest = [a for a in self.batch if a in read]
         shared = [a for a in self.batch if a not in read]
         if not shared:
@@ -316,6 +335,10 @@ class _Matcher:
                 continue
             if node.op == "narrowed" and node.attr == operand.dtype:
                 node = node.args[0]
+                continue
+            noise = _noise(node)
+            if noise is not None and dropout_p == 0.0:
+                dropout_p, node = noise
                 continue
             found = as_softmax(self.d, node, key)
             if found is None:

@@ -42,7 +42,7 @@ def run_pass(gm: torch.fx.GraphModule, *, when: str, graph: int = 0) -> tuple[Si
     """
     sites: list[Site] = []
     for body in (*_bodies(gm), gm):
-        sites += _run_graph(body, when, graph, len(sites))
+        sites += _run_graph(body, when, graph, len(sites), body is not gm)
     return tuple(sites)
 
 
@@ -60,14 +60,14 @@ def _bodies(gm: torch.fx.GraphModule) -> Iterator[torch.fx.GraphModule]:
                 yield body
 
 
-def _run_graph(gm: torch.fx.GraphModule, when: str, graph: int, first: int) -> list[Site]:
+def _run_graph(gm: torch.fx.GraphModule, when: str, graph: int, first: int, body: bool) -> list[Site]:
     if not any(_SOFTMAX.search(str(n.target)) for n in gm.graph.nodes if n.op.startswith("call")):
         return []
     backup: torch.fx.Graph | None = None
     closed: dict[str, Verdict] = {}  # composite calls that hold no fusable site, with the verdict
     while True:
         try:
-            sites, opened, refused = _Run(gm, when, graph, first, closed).run(may_open=backup is None)
+            sites, opened, refused = _Run(gm, when, graph, first, body, closed).run(may_open=backup is None)
         except Refused as refusal:  # the graph cannot be traced
             return [Site(first, graph, "", "", "", Verdict(False, reason=refusal.reason, seen=refusal.seen, needed=refusal.needed))]
         except Exception as error:
@@ -88,9 +88,11 @@ def _run_graph(gm: torch.fx.GraphModule, when: str, graph: int, first: int) -> l
 class _Run:
     """One pass over one graph."""
 
-    def __init__(self, gm: torch.fx.GraphModule, when: str, graph: int, first: int, closed: dict[str, Verdict]) -> None:
+    def __init__(
+        self, gm: torch.fx.GraphModule, when: str, graph: int, first: int, body: bool, closed: dict[str, Verdict]
+    ) -> None:
         self.gm, self.when, self.graph, self.first, self.closed = gm, when, graph, first, closed
-        self.shadow = trace(gm)
+        self.shadow = trace(gm, body)
         self.splicer = Splicer(gm, self.shadow)
 
     def run(self, may_open: bool) -> tuple[list[Site], torch.fx.Graph | None, dict[str, Verdict]]:

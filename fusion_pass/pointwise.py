@@ -468,4 +468,5 @@ RULES: dict[str, Rule] = {
     "sum.dim_IntList": _reduction("sum"),
     "logsumexp": _reduction("logsumexp"),
     "native_dropout": _dropout,
+    "bernoulli.float": lambda d, r, i, v: Node.make("bernoulli", attr=(float(r.args[1]), r.seq), kind="float"),
 }

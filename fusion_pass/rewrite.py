@@ -70,7 +70,10 @@ class Splicer:
     def _insert(self, match: Match, scores: Scores, target: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node]:
         with self.gm.graph.inserting_before(target):
             q, k, v = (self._factor(f) for f in (match.q, match.k, match.v))
-            captures = [self._held(c) if isinstance(c, Value) else self._number(c, q) for c in scores.captures]
+            q, k, v = (self._kept(n, f.value, match) for n, f in zip((q, k, v), (match.q, match.k, match.v), strict=True))
+            captures = [
+                self._kept(self._held(c), c, match) if isinstance(c, Value) else self._number(c, q) for c in scores.captures
+            ]
             params = [self.size(e) for e in scores.params]
             seed = None
             if match.dropout_p:
@@ -79,9 +82,7 @@ class Splicer:
             out = self.call(operator.getitem, both, 0)
             for step in match.out_steps:
                 out = self._step(out, step)
-            written = self.shadow.writes.get(match.output.tensor.untyped_storage()._cdata, ())
-            if any(w > match.output.seq for w in written):  # the op keeps its result for the backward; eager's product does not
-                out = self.call("clone", out)
+            out = self._kept(out, match.output, match)
         return both, out
 
     def finish(self) -> None:
@@ -166,6 +167,11 @@ class Splicer:
                 dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
                 return self.call(torch.scalar_tensor, node, dtype=dtype, device=q.device)
         raise Refused(Reason.NOT_EXPRESSIBLE, f"the number {number.expr} is in no node of the graph", "a number of the graph")
+
+    def _kept(self, node: torch.fx.Node, value: Value, match: Match) -> torch.fx.Node:
+        """A copy, where something writes the tensor later: the op needs its inputs and its result again in the backward."""
+        late = self.shadow.written_between(value, match.anchor.product.seq, float("inf"))
+        return self.call("clone", node) if late else node
 
     def _factor(self, factor: Factor) -> torch.fx.Node:
         node = self._held(factor.value)

@@ -147,6 +147,9 @@ class _Writer:
         if node.op == "value":
             held.append((d.shadow.values[node.attr[0]], node.attr[1]))  # pyright: ignore
         held = [(v, i) for v, i in held if len(v.shape) <= MAX_RANK]
+        if node.args:  # a tensor that was made larger than what it holds is made again, from its parts
+            reads = symbols_of(node)
+            held = [(v, i) for v, i in held if {a for e in i for a in self.axes.of(e)} <= reads]
         if not held:
             return None
         if all(v in self.descended for v, _ in held):

@@ -38,6 +38,7 @@ class Value:
     output: int = 0  # which result of the record
     node: torch.fx.Node | None = None  # the Dynamo node that holds it, None inside a composite call
     seq: int = 0
+    differentiable: bool = False  # whether something that may need a gradient is read below
     before: Value | None = None  # what the tensor held before a write through an alias changed it
 
     def __repr__(self) -> str:
@@ -77,6 +78,9 @@ class Record:
         return f"Record({self.seq}, {self.op}, {self.node})"
 
     def inputs(self) -> Iterator[Value]:
+        """The tensors whose elements are read: ``zeros_like(x)`` reads none."""
+        if "_like." in self.op or self.op.startswith("new_"):
+            return
         for leaf in pytree.tree_leaves((self.args, self.kwargs)):
             if isinstance(leaf, Value):
                 yield leaf
@@ -95,9 +99,9 @@ class Shadow:
     writes: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))  # storage -> seq of each write
     by_node: dict[torch.fx.Node, list[Record]] = field(default_factory=lambda: defaultdict(list))
 
-    def written_between(self, value: Value, seq: int) -> bool:
-        """Whether the storage of `value` was written after the value came to be and before `seq`."""
-        return any(value.seq < w < seq for w in self.writes.get(_storage(value.tensor), ()))
+    def written_between(self, value: Value, start: int, end: float) -> bool:
+        """Whether the storage of `value` is written after `start` and before `end`."""
+        return any(start < w < end for w in self.writes.get(_storage(value.tensor), ()))
 
 
 def meta_value(node: torch.fx.Node) -> Any:
@@ -133,6 +137,7 @@ class _Recorder(TorchDispatchMode):
 
     def define(self, tensor: torch.Tensor, record: Record | None, output: int = 0) -> Value:
         value = Value(len(self.shadow.values), tensor, record, output, seq=self.seq)
+        value.differentiable = record is not None and tensor.is_floating_point() and any(v.differentiable for v in record.inputs())
         self.shadow.values.append(value)
         self.current[id(tensor)] = value
         if tensor.layout == torch.strided:
@@ -176,7 +181,7 @@ class _Recorder(TorchDispatchMode):
             old = self.current.get(id(other))
             new = self.define(other, None)
             if old is not None:
-                new.node, new.before = old.node, old
+                new.node, new.before, new.differentiable = old.node, old, True
 
 
 def _mutated(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
@@ -197,8 +202,8 @@ def _is_scalar_math(node: torch.fx.Node) -> bool:
 
 
 class _Runner:
-    def __init__(self, gm: torch.fx.GraphModule, fake_mode: FakeTensorMode) -> None:
-        self.gm, self.fake_mode = gm, fake_mode
+    def __init__(self, gm: torch.fx.GraphModule, fake_mode: FakeTensorMode, body: bool) -> None:
+        self.gm, self.fake_mode, self.body = gm, fake_mode, body
         self.shadow = Shadow(gm.graph)
         self.recorder = _Recorder(self.shadow)
         self.env: dict[torch.fx.Node, Any] = {}
@@ -247,6 +252,14 @@ class _Runner:
             return self.fake_mode.from_tensor(value.detach(), static_shapes=True)
         return value
 
+    def _differentiable(self, node: torch.fx.Node, tensor: torch.Tensor) -> bool:
+        """Whether an input, or the result of an opaque node, may need a gradient; what a body is given is not known."""
+        if not tensor.is_floating_point():
+            return False
+        given = meta_value(node) if node.op != "get_attr" else operator.attrgetter(str(node.target))(self.gm)
+        known = [t for t in pytree.tree_leaves(given) if isinstance(t, torch.Tensor)]
+        return self.body or any(t.requires_grad for t in known)
+
     def _opaque(self, node: torch.fx.Node) -> Any:
         self.shadow.opaque.add(node)
         value = meta_value(node)
@@ -260,13 +273,15 @@ class _Runner:
         for tensor in pytree.tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 value = self.recorder.value_of(tensor)
+                if value.record is None and value.node is None and value.before is None:
+                    value.differentiable = self._differentiable(node, tensor)
                 if tensor is result:
                     self.shadow.results[node] = value
                     value.node = value.node or node
 
 
-def trace(gm: torch.fx.GraphModule) -> Shadow:
-    """Run `gm` (a Dynamo graph, or the body of a higher-order op) over its fake inputs and return the tape.
+def trace(gm: torch.fx.GraphModule, body: bool = False) -> Shadow:
+    """Run `gm` (a Dynamo graph, or with `body` the body of a higher-order op) over its fake inputs and return the tape.
 
     Raises:
         Refused: (CAPTURE) the graph holds no fake values, or a node cannot be run on them.
@@ -286,7 +301,7 @@ def trace(gm: torch.fx.GraphModule) -> Shadow:
         stack.enter_context(enable_python_dispatcher())
         stack.enter_context(fake_mode)
         try:
-            return _Runner(gm, fake_mode).run()
+            return _Runner(gm, fake_mode, body).run()
         except Refused:
             raise
         except Exception as error:
