@@ -25,11 +25,11 @@ from typing import Any
 import torch
 
 from . import codegen, configs
+from .arguments import Blocks, allows_tf32, check, describable, on_device, parts, precision, split, strides, tiles_of, traits
 from .backward_kernels import dkdv_tiles, dq_tiles
 from .backward_rows import deep_rows, delta_rows
 from .backward_table import table_tiles
 from .dropout import keep_scale, threshold
-from .forward import Blocks, check, describable, on_device, parts, precision, split, strides, tiles_of, traits
 from .launch import Launch, Plans, number, signature
 from .program import Program
 
@@ -94,7 +94,7 @@ def attention_backward(
         return
     key = (
         id(program), signature(do, q, k, v, out, lse, dq, dk, dv, *captures), signature(*dcaptures), tuple(needs),
-        tuple(map(number, params)), dropout_p, dkdv_tile, dq_tile, torch.backends.cuda.matmul.allow_tf32, q.device,
+        tuple(map(number, params)), dropout_p, dkdv_tile, dq_tile, allows_tf32(), q.device,
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
@@ -207,8 +207,8 @@ def _plan(
         place, offset = table.strides(buffer)
         grid = tiles_of(N, tile.block_m) * tiles_of(M, tile.block_n) * (1 if table.all_b else B) * (1 if table.all_h else H)
         constants = (
-            qs, ks, vs, gs, place, offset, *sizes, *dropout, found.kv_bounds, masked.score, masked.factor, masked.deep, table.gradient,
-            table.all_b, table.all_h, dropout_p > 0, align, *dims, tile.block_m, tile.block_n, mode,
+            qs, ks, vs, gs, place, offset, *sizes, *dropout, found.kv_bounds, masked.score, masked.factor, masked.deep,
+            table.gradient, table.all_b, table.all_h, dropout_p > 0, align, *dims, tile.block_m, tile.block_n, mode,
         )  # fmt: skip
         tables.append((table.capture, Launch(table_tiles, grid, constants, tile.warps, tile.stages)))
     return _Plan(program, wrt, flags, delta, deep, dkdv, dkdv_tma, dq_launch, dq_tma, tables)

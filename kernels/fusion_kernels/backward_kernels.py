@@ -294,7 +294,8 @@ def dq_tiles(
         jump = full_last - full_first
         dq0, dq1 = _dq_loop(
             dq0, dq1, q0, q1, do0, do1, k, v, row_base, row_level, row_delta, k_strides, v_strides,
-            b, h, kv_head, q_start, q_ok, sizes, aux, daux, seed, limit, scale, first, full_first - first, jump, last - first - jump,
+            b, h, kv_head, q_start, q_ok, sizes, aux, daux, seed, limit, scale,
+            first, full_first - first, jump, last - first - jump,
             SCORE, FACTOR, DEEP, DSCORE, DRATIO, CAPTURES, True, DROPOUT,
             D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
         )  # fmt: skip

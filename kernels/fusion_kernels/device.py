@@ -54,7 +54,7 @@ def load_rows(
     x, start, size, row_stride, column_stride,
     FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Rows [start, start + ROWS), columns [FIRST, FIRST + WIDTH) of a matrix; zeros past DIM columns, past `size` rows if TAIL."""
+    """Rows [start, start + ROWS), columns [FIRST, FIRST + WIDTH) of a matrix; zeros past DIM and, if TAIL, past `size`."""
     pointers = row_pointers(x, start, row_stride, column_stride, FIRST, WIDTH, ROWS)
     rows = start + tl.arange(0, ROWS)
     columns = FIRST + tl.arange(0, WIDTH)

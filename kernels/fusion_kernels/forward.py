@@ -15,24 +15,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import codegen, configs, tiles
+from . import codegen, configs
+from .arguments import Blocks, allows_tf32, check, describable, on_device, parts, precision, split, strides, tiles_of, traits
 from .device import LOG2E, dot, dot_pair, load_rows, store_rows, stream_rows, tile_ranges, visited
 from .dropout import keep_scale, keep_tile, threshold
 from .launch import Launch, Plans, number, signature
-from .program import LEAVES, Program, postorder
-from .source import INDEX_LIMIT
+from .program import Program
 
-__all__ = ["Blocks", "attention_forward", "check", "describable", "on_device", "parts", "precision", "split", "strides", "traits"]
+__all__ = ["attention_forward"]
 
 
 @triton.jit
@@ -174,116 +171,6 @@ def _forward(
 # ---------------------------------------------------------------- host side
 
 
-def split(dim: int) -> tuple[int, int]:
-    """A head dim as one or two powers of two of at least 16 that cover it: 72 -> (64, 16), 80 -> (64, 16), 100 -> (128, 0)."""
-    whole = max(16, _power(dim))
-    first = whole // 2
-    if dim <= 16 or dim - first <= 0:
-        return whole, 0
-    second = max(16, _power(dim - first))
-    return (first, second) if first >= 16 and first + second < whole else (whole, 0)
-
-
-def _power(n: int) -> int:
-    """The least power of two that is at least n."""
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def tiles_of(length: int, block: int) -> int:
-    return -(-length // block)
-
-
-def strides(*tensors: torch.Tensor) -> tuple[int, list[tuple[int, ...]]]:
-    """(ALIGN, strides): all outer strides divided by ALIGN = 8 where 8 divides them, so that the compiler knows it does."""
-    outer = [t.stride()[:3] for t in tensors]
-    align = 8 if all(s % 8 == 0 for group in outer for s in group) else 1
-    return align, [(*(s // align for s in o), t.stride(3)) for o, t in zip(outer, tensors, strict=True)]
-
-
-def describable(*tensors: torch.Tensor) -> bool:
-    """Whether Hopper's copy engine can read the tensors as they lie: unit last stride, the others in units of 16 bytes."""
-    return all(
-        t.stride(3) == 1
-        and t.data_ptr() % 16 == 0
-        and all(s > 0 and s * t.element_size() % 16 == 0 for n, s in zip(t.shape[:3], t.stride()[:3], strict=True) if n > 1)
-        for t in tensors
-    )
-
-
-class Blocks:
-    """Descriptors of tensors that lie as one did: blocks of (1, 1, rows, width), and zeros past the ends.
-
-    Triton's constructor checks what it is given, at 10 us each; here it does so once.
-    """
-
-    def __init__(self, tensor: torch.Tensor, rows: int, width: int) -> None:
-        unit = 16 // tensor.element_size()  # the stride of a dim of one is of no account, but has to be a multiple of this
-        outer = [s if n > 1 else unit for n, s in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)]
-        self.fields = dict(vars(TensorDescriptor(tensor, list(tensor.shape), [*outer, 1], [1, 1, rows, width])))
-        del self.fields["base"]
-
-    def of(self, tensor: torch.Tensor) -> TensorDescriptor:
-        descriptor = object.__new__(TensorDescriptor)
-        descriptor.__dict__.update(self.fields, base=tensor)
-        return descriptor
-
-
-def on_device(x: torch.Tensor) -> Any:
-    """A context in which x's device is the current one: Triton launches there."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return _NOWHERE
-
-
-def precision(dtype: torch.dtype, width: int) -> str:
-    """How fp32 products over `width` terms are taken: as exactly as eager takes them."""
-    if dtype != torch.float32:
-        return "ieee"  # 16-bit operands: exact products, fp32 sums, whatever this says
-    if torch.backends.cuda.matmul.allow_tf32:
-        return "tf32"
-    return "tf32x3" if width <= configs.TF32X3_WIDTH else "ieee"
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What the kernels need to know about a program, computed once."""
-
-    masked: codegen.Phase
-    full: codegen.Phase
-    kv_bounds: Any
-    q_bounds: Any
-    fill: float  # of what the bounds skip
-
-    @property
-    def revisit(self) -> bool:
-        return self.kv_bounds is not None and self.fill > -math.inf
-
-    @property
-    def floor(self) -> float:
-        """A row whose maximum is at or below this has to visit every key: exp(fill - maximum) is not 0 in fp32."""
-        return self.fill + 128 + abs(self.fill) * 1e-6 if self.revisit else -math.inf
-
-
-@lru_cache(maxsize=1024)
-def parts(program: Program, wrt: tuple[int, ...], fast_bfloat16: bool) -> Parts:
-    masked = codegen.phase(program, wrt, fast_bfloat16)
-    kv_bounds, q_bounds = codegen.bounds(program, "k"), codegen.bounds(program, "q")
-    if kv_bounds is None and q_bounds is None:
-        return Parts(masked, masked, None, None, -math.inf)
-    return Parts(masked, codegen.phase(tiles.full_program(program), wrt, fast_bfloat16), kv_bounds, q_bounds, tiles.fill(program))
-
-
-def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """What these kernels ask of their operands, beyond what the op has checked."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise TypeError(f"fusion_kernels: {name} is {x.dtype}; the Triton kernels take float32, float16 or bfloat16: cast it")
-        if x.shape[3] > 256:
-            raise ValueError(f"fusion_kernels: {name} has head dim {x.shape[3]}; the Triton kernels take at most 256")
-        if x.shape[2] > INDEX_LIMIT:
-            raise ValueError(f"fusion_kernels: {name} has {x.shape[2]} positions; the Triton kernels take {INDEX_LIMIT}")
-
-
 def attention_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -310,9 +197,13 @@ def attention_forward(
     """
     if out.numel() == 0:
         return
+    if k.shape[2] == 0:  # no keys: an empty sum
+        out.zero_()
+        lse.fill_(-math.inf)
+        return
     key = (
         id(program), signature(q, k, v, out, *captures), tuple(map(number, params)), dropout_p, tile,
-        torch.backends.cuda.matmul.allow_tf32, q.device,
+        allows_tf32(), q.device,
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
@@ -331,7 +222,6 @@ class _Plan:
 
 
 _plans: dict[Any, _Plan] = Plans()
-_NOWHERE = nullcontext()
 
 
 def _plan(
@@ -356,19 +246,3 @@ def _plan(
     )  # fmt: skip
     launch = Launch(_forward, tiles_of(N, tile.block_m) * B * H, constants, tile.warps, tile.stages)
     return _Plan(program, launch, (Blocks(k, tile.block_n, D0), Blocks(v, tile.block_n, V0)) if tma else None)
-
-
-def traits(found: Parts, program: Program, dropout_p: float, *dims: int) -> configs.Traits:
-    """What the choice of tiles depends on. dims: the head dims."""
-    loads = [(n.depends_on("q"), n.depends_on("k")) for n in program.loads]
-    work = sum(n.depends_on("score") and n.op not in LEAVES for n in postorder(program.root))
-    return configs.Traits(
-        masked=found.kv_bounds is not None,
-        busy=any(map(any, loads)) or work > _BUSY,
-        table=any(map(all, loads)),
-        dropout=dropout_p > 0,
-        parts=any(split(d)[1] for d in dims),
-    )
-
-
-_BUSY = 12  # operations on a score from which on its registers count

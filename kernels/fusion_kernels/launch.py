@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import triton
+from triton.runtime.errors import OutOfResources
 
 __all__ = ["Launch", "Plans", "number", "signature"]
 
@@ -23,16 +24,26 @@ class Launch:
         self.kernel = kernel
         self.grid = (grid, 1, 1)
         self.constants = tuple(constants)
-        self.options = {"num_warps": warps, "num_stages": stages}
+        self.warps, self.stages = warps, stages
         self.run: Any = None
 
     def __call__(self, *arguments: Any) -> None:
         if self.run is not None:
             self.run(*arguments, *self.constants)
             return
-        binary = self.kernel[self.grid](*arguments, *self.constants, **self.options)
+        binary = self._first(*arguments)
         if isinstance(binary, triton.compiler.CompiledKernel):  # the interpreter returns nothing
             self.run = binary[self.grid]
+
+    def _first(self, *arguments: Any) -> Any:
+        """Compiles and launches; where shared memory is smaller than where the tiles were measured, with fewer tiles in flight."""
+        for stages in range(self.stages, 0, -1):
+            try:
+                return self.kernel[self.grid](*arguments, *self.constants, num_warps=self.warps, num_stages=stages)
+            except OutOfResources:
+                if stages == 1:
+                    raise
+        return None
 
 
 def signature(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
