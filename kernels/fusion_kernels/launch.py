@@ -36,7 +36,7 @@ class Launch:
             self.run = binary[self.grid]
 
     def _first(self, *arguments: Any) -> Any:
-        """Compiles and launches; where shared memory is smaller than where the tiles were measured, with fewer tiles in flight."""
+        """Compiles and launches; on a device with less shared memory than the measured one, with fewer tiles in flight."""
         for stages in range(self.stages, 0, -1):
             try:
                 return self.kernel[self.grid](*arguments, *self.constants, num_warps=self.warps, num_stages=stages)
