@@ -74,8 +74,8 @@ def _extremum(loses: str) -> Rule:
 
 
 def _abs(g: Node, y: Node) -> tuple[Node, ...]:
-    (a,) = y.args  # sign(a) g, and 0 at 0 and NaN
-    return (_where(apply("gt", a, ZERO), g, _where(apply("lt", a, ZERO), _neg(g), ZERO)),)
+    (a,) = y.args  # sign(a) g, and 0 g (NaN if g is) at 0 and NaN
+    return (_where(apply("gt", a, ZERO), g, _where(apply("lt", a, ZERO), _neg(g), _mul(g, ZERO))),)
 
 
 def _pow(g: Node, y: Node) -> tuple[Node, ...]:
