@@ -2,10 +2,10 @@
 
 The rule: with float64 eager as the truth, a fused result may be wrong by twice what eager itself is wrong by in the same dtypes,
 plus an epsilon: half a unit in the last place of the largest value (a result is rounded once, however exact its sum), and sixteen
-units of the accumulation's dtype at the scale of the operands (eager's own error is exactly 0 where a row has a single key; a
-fused backward's, which gets ``sum(p dp)`` as ``sum(o do)``, is a few roundings). That scale is 1, or the result's own if larger; a
-gradient that is 0 in exact arithmetic (of a bias of the keys: softmax does not see it) is a sum of terms as large as its siblings,
-and is rounded at their scale. NaN and inf must be where eager has them.
+units of the accumulation's dtype at the scale of the operands (eager's own error is exactly 0 where a row has a single key; that
+of a fused backward, which gets ``sum(p dp)`` as ``sum(o do)``, is a few roundings). That scale is 1, or the result's own where
+that is larger; a gradient that is 0 in exact arithmetic (of a bias of the keys: softmax does not see it) is a sum of terms as
+large as its siblings, and is rounded at their scale. NaN and inf must be where eager has them.
 """
 
 from __future__ import annotations
