@@ -57,7 +57,9 @@ def _pooled(runs: list[Runs], terms: list[Result], what: str) -> None:
         if name.startswith("gradient"):
             largest = [t.named()[i][1].nan_to_num(0.0, 0.0, 0.0).abs().max().item() for t in terms]
             limit += 16 * torch.finfo(torch.promote_types(values[0][1].dtype, torch.float32)).eps * max(largest)
-        assert got <= limit, f"{what}: {name}: error {got:.3g} over {len(runs)} draws, eager's is {eager:.3g}, allowed {limit:.3g}"
+        assert got <= limit, (
+            f"{what}: {name}: error {got:.3g} over {len(runs)} draws, eager's is {eager:.3g}, allowed {limit:.3g}"
+        )
 
 
 def _verdict(w: Written, recorder: Recorder) -> None:

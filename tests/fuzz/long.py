@@ -60,7 +60,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.long", description="the long fuzz")
     parser.add_argument("--examples", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", type=Path, metavar="FILE", help="state; a run with the same FILE goes on where the last one stopped")
+    parser.add_argument(
+        "--resume", type=Path, metavar="FILE", help="state; a run with the same FILE goes on where the last one stopped"
+    )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after the part in which this time runs out")
     parser.add_argument("--part", type=int, help="run this part alone and shrink its first failure")
     a = parser.parse_args()
@@ -85,7 +87,11 @@ def main() -> int:
             a.resume.parent.mkdir(parents=True, exist_ok=True)
             a.resume.write_text(json.dumps(state, indent=1))
         if sys.stderr.isatty():
-            print(f"\r{state['examples']}/{a.examples} programs, {len(state['failures'])} failed, {state['seconds']:.0f} s", end="", file=sys.stderr)
+            print(
+                f"\r{state['examples']}/{a.examples} programs, {len(state['failures'])} failed, {state['seconds']:.0f} s",
+                end="",
+                file=sys.stderr,
+            )
     if sys.stderr.isatty():
         print(file=sys.stderr)
     for x in state["failures"]:

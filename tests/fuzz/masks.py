@@ -39,7 +39,9 @@ class MaskWriter:
         self.structural = True
         c = self.w.pick(0, 1, 2, 5, 20, 64)
         if self.w.chance(40):
-            square = f"torch.ones(n, m, dtype=torch.bool, device=q.device).{self.w.pick('tril', 'triu')}({self.w.pick(0, 0, c, -c)})"
+            square = (
+                f"torch.ones(n, m, dtype=torch.bool, device=q.device).{self.w.pick('tril', 'triu')}({self.w.pick(0, 0, c, -c)})"
+            )
             return self.w.pick(square, f"~{square}")
         i, j, width = self.rows(), self.columns(), max(c, 1)
         return self.w.pick(
@@ -60,7 +62,10 @@ class MaskWriter:
             return f"({a}[..., :, None] == {b}[..., None, :])"
         dead = w.chance(25)
         if form == "outer":
-            a, b = w.input("qok", w.s.n, kind="keep", dtype=torch.bool, dead=dead), w.input("kok", w.s.m, kind="keep", dtype=torch.bool)
+            a, b = (
+                w.input("qok", w.s.n, kind="keep", dtype=torch.bool, dead=dead),
+                w.input("kok", w.s.m, kind="keep", dtype=torch.bool),
+            )
             return f"({a}[:, None] & {b}[None, :])"
         dtype = {"keep": torch.bool, "int": torch.int64, "float": torch.float32}[form]
         x = w.input("keep", *w.broadcast(), kind="keep", dtype=dtype, dead=dead)
@@ -119,7 +124,11 @@ class MaskWriter:
         w = self.w
         if not w.chance(8) or spoiled:
             return
-        able = [i for i, x in enumerate(w.inputs) if x.kind in ("normal", "additive") and (not self.structural or x.name in ("q", "wq"))]
+        able = [
+            i
+            for i, x in enumerate(w.inputs)
+            if x.kind in ("normal", "additive") and (not self.structural or x.name in ("q", "wq"))
+        ]
         if able:
             i = w.pick(*able)
             w.inputs[i] = replace(w.inputs[i], poison=w.pick(math.nan, math.inf, -math.inf))

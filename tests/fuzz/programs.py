@@ -78,7 +78,10 @@ class Written:
     @property
     def script(self) -> str:
         """Python that runs the check on this program alone, from the folder of the tests."""
-        shown = [f"Input({', '.join(f'{f.name}={getattr(x, f.name)!r}' for f in fields(x) if f.default != getattr(x, f.name))})" for x in self.inputs]
+        shown = [
+            f"Input({', '.join(f'{f.name}={getattr(x, f.name)!r}' for f in fields(x) if f.default != getattr(x, f.name))})"
+            for x in self.inputs
+        ]
         return (
             "import torch\nfrom math import inf, nan\nfrom fuzz.inputs import Input\nfrom fuzz.judge import check\n"
             f'from fuzz.programs import Written\n\nSOURCE = """\n{self.source}"""\nINPUTS = (\n    '
@@ -207,7 +210,9 @@ class Writer(Decisions):
         elif form == "slice":
             w = s.h * s.d
             self.line(f"q, k, v = x[..., :{w}], x[..., {w}:{2 * w}], x[..., {2 * w}:]")
-            self.line(f"q, k, v = q.reshape({shape}).transpose(1, 2), k.reshape({shape}).transpose(1, 2), v.reshape({shape}).transpose(1, 2)")
+            self.line(
+                f"q, k, v = q.reshape({shape}).transpose(1, 2), k.reshape({shape}).transpose(1, 2), v.reshape({shape}).transpose(1, 2)"
+            )
         elif form == "unbind":
             self.line(f"q, k, v = x.reshape({s.b}, -1, 3, {s.h}, {s.d}).transpose(1, 3).unbind(2)")
         else:
@@ -241,7 +246,9 @@ class Writer(Decisions):
             if way == "repeat":
                 self.line(f"{name} = {name}.repeat_interleave({group}, dim=1)")
             else:
-                self.line(f"{name} = {name}[:, :, None].expand(-1, -1, {group}, -1, -1).reshape({s.b}, {s.h}, -1, {name}.shape[-1])")
+                self.line(
+                    f"{name} = {name}[:, :, None].expand(-1, -1, {group}, -1, -1).reshape({s.b}, {s.h}, -1, {name}.shape[-1])"
+                )
 
     # ------------------------------------------------------------ the scores
 
@@ -256,7 +263,9 @@ class Writer(Decisions):
         elif place == "both":
             self.line(self.pick("q, k = q * d**-0.25, k * d**-0.25", f"q, k = q / {s.d}**0.25, k / {s.d}**0.25"))
         elif place == "scores":
-            after = self.pick(f"s = s * {value}", f"s = {value} * s", f"s *= {value}", f"s = s.mul({value})", f"s = torch.mul(s, {value})")
+            after = self.pick(
+                f"s = s * {value}", f"s = {value} * s", f"s *= {value}", f"s = s.mul({value})", f"s = torch.mul(s, {value})"
+            )
         elif place == "divide":
             after = self.pick(f"s = s / {1 / value!r}", f"s = s.div({1 / value!r})", f"s /= {1 / value!r}")
         elif place == "shape":
@@ -274,7 +283,9 @@ class Writer(Decisions):
             forms = ["q @ k.mT", "torch.matmul(q, k.transpose(-2, -1))", "q.matmul(k.transpose(-1, -2))",
                      "torch.einsum('...qd,...kd->...qk', q, k)", "(k @ q.mT).mT", "q @ k.movedim(-1, -2)"]  # fmt: skip
             forms += ["torch.bmm(q, k.transpose(1, 2))"] * 2 * three
-            forms += ["torch.einsum('bhid,bhjd->bhij', q, k)"] * 2 * (len(s.lead) == 2 and s.lead == (s.b, s.h) and self._same_heads())
+            forms += (
+                ["torch.einsum('bhid,bhjd->bhij', q, k)"] * 2 * (len(s.lead) == 2 and s.lead == (s.b, s.h) and self._same_heads())
+            )
             self.line(f"s = {self.pick(*forms)}")
         if after:
             self.line(after)
@@ -381,7 +392,9 @@ class Writer(Decisions):
             self.line("p = p.to(v.dtype)")
 
     def _softmax_by_hand(self, dim: int) -> None:
-        top = self.pick(f"s.amax({dim}, keepdim=True)", f"s.max(dim={dim}, keepdim=True).values", f"s.max({dim}, keepdim=True)[0].detach()")
+        top = self.pick(
+            f"s.amax({dim}, keepdim=True)", f"s.max(dim={dim}, keepdim=True).values", f"s.max({dim}, keepdim=True)[0].detach()"
+        )
         if self.chance(20):
             self.line(f"p = torch.exp(s - torch.logsumexp(s, {dim}, keepdim=True))")
         elif self.chance(20):
@@ -408,7 +421,9 @@ class Writer(Decisions):
         s = self.s
         form = self.pick("as is", "merge", "gain", "float")
         if form == "merge" and len(s.lead) == 2:
-            self.line(f"out = out.transpose(1, 2).{self.pick('reshape', 'contiguous().view')}({s.lead[0]}, -1, {s.lead[1] * s.dv})")
+            self.line(
+                f"out = out.transpose(1, 2).{self.pick('reshape', 'contiguous().view')}({s.lead[0]}, -1, {s.lead[1] * s.dv})"
+            )
         elif form == "merge" and len(s.lead) == 1:
             self.line(f"out = out.reshape({s.lead[0]}, -1).sum(0)")
         elif form == "gain":

@@ -193,7 +193,9 @@ def write(source: bytes, interpreted: bool) -> Scored:
         else:
             poison = value
     program = Program(x, ranks, len(w.params))
-    return Scored(program.text, w.shape, tuple(w.inputs), tuple(w.params), w.dtype, dropout, w.chance(60), w.pick(*range(256)), poison)
+    return Scored(
+        program.text, w.shape, tuple(w.inputs), tuple(w.params), w.dtype, dropout, w.chance(60), w.pick(*range(256)), poison
+    )
 
 
 def _kind(x: Input) -> str:
