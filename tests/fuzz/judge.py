@@ -44,8 +44,8 @@ def _pooled(runs: list[Runs], terms: list[Result], what: str) -> None:
     """The rule for the largest errors over several draws: eager's own error belongs to the program, not to one draw of it.
 
     A score's gradient is p (dp - sum_k p dp), and where the difference cancels (one key: exactly) eager may be right by chance
-    to the last bit, for it forms both terms alike; a fused backward gets the sum as do . o.  So the epsilon of a gradient is taken
-    at the size of its terms as well: sixteen roundings, in the dtype of the accumulation, of the largest that `terms` has.
+    to the last bit, for it forms both terms alike; a fused backward gets the sum as do . o.  So the epsilon of a gradient is
+    taken at the size of its terms as well: sixteen roundings, in the dtype of the accumulation, of the largest that `terms` has.
     """
     for i, (name, _) in enumerate(runs[0][0].named()):
         values = [[r.named()[i][1] for r in triple] for triple in runs]

@@ -58,7 +58,7 @@ class Written:
 
     @property
     def uncancelled(self) -> Written:
-        """The program with the sum under the softmax held constant: its gradients are the terms that cancel in those of the program."""
+        """The program with the sum under the softmax held constant: its gradients are the terms that cancel in those of this one."""
         lines = self.source.splitlines()
         softmax = [i for i, x in enumerate(lines) if x.startswith(("    p = ", "    e = ")) and "F.dropout(" not in x]
         lines[softmax[0]] = "    p = torch.exp(s - torch.logsumexp(s, -1, keepdim=True).detach()).to(v.dtype)"
@@ -210,9 +210,7 @@ class Writer(Decisions):
         elif form == "slice":
             w = s.h * s.d
             self.line(f"q, k, v = x[..., :{w}], x[..., {w}:{2 * w}], x[..., {2 * w}:]")
-            self.line(
-                f"q, k, v = q.reshape({shape}).transpose(1, 2), k.reshape({shape}).transpose(1, 2), v.reshape({shape}).transpose(1, 2)"
-            )
+            self.line(f"q, k, v = (t.reshape({shape}).transpose(1, 2) for t in (q, k, v))")
         elif form == "unbind":
             self.line(f"q, k, v = x.reshape({s.b}, -1, 3, {s.h}, {s.d}).transpose(1, 3).unbind(2)")
         else:
@@ -291,8 +289,10 @@ class Writer(Decisions):
             self.line(after)
 
     def folds(self) -> bool:
-        """Whether torch itself leaves no product to find: einsum over a dim of size 1 is a multiplication, and at a single position a
-        mask of positions is a number."""
+        """Whether torch itself leaves no product to find.
+
+        einsum over a dim of size 1 is a multiplication, and at a single position a mask of positions is a number.
+        """
         if self.masks.structural and self.s.n == self.s.m == 1:
             return True
         return min(self.s.d, self.s.m) == 1 and any("einsum" in x for x in self.lines)
@@ -364,8 +364,8 @@ class Writer(Decisions):
         self.line(self.pick("s = s.clamp(-2.0, 3.0)", "s = s.clamp(min=-1.5)", "s = torch.clamp(s, max=2.5)"))
 
     def _do_pointwise(self) -> None:
-        f = self.pick("torch.sigmoid(s)", "s.abs()", "torch.tanh(s)", "F.gelu(s)", "F.silu(s)", "-s", "s * s * 0.25", "F.softplus(s)",
-                      "F.leaky_relu(s, 0.1)", "torch.sin(s)", "F.relu(s)", "s.square() * 0.1")  # fmt: skip
+        f = self.pick("torch.sigmoid(s)", "s.abs()", "torch.tanh(s)", "F.gelu(s)", "F.silu(s)", "-s", "s * s * 0.25",
+                      "F.softplus(s)", "F.leaky_relu(s, 0.1)", "torch.sin(s)", "F.relu(s)", "s.square() * 0.1")  # fmt: skip
         self.line(f"s = {f}")
 
     def _do_float(self) -> None:
