@@ -58,7 +58,7 @@ class Written:
 
     @property
     def uncancelled(self) -> Written:
-        """The program with the sum under the softmax held constant: its gradients are the terms that cancel in those of this one."""
+        """The program with a constant sum under the softmax: its gradients are the terms that cancel in those of the program."""
         lines = self.source.splitlines()
         softmax = [i for i, x in enumerate(lines) if x.startswith(("    p = ", "    e = ")) and "F.dropout(" not in x]
         lines[softmax[0]] = "    p = torch.exp(s - torch.logsumexp(s, -1, keepdim=True).detach()).to(v.dtype)"
