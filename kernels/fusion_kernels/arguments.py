@@ -24,10 +24,15 @@ _NOWHERE = nullcontext()
 _BUSY = 12  # operations on a score from which on the registers they need count
 
 
-def split(dim: int) -> tuple[int, int]:
-    """A head dim as one or two powers of two of at least 16 that cover it: 72 -> (64, 16), 80 -> (64, 16), 100 -> (128, 0)."""
+def split(dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    """A head dim as one or two powers of two of at least 16 that cover it: 72 -> (64, 16), 80 -> (64, 16), 100 -> (128, 0).
+
+    fp32 goes in parts of at most 128: the parts are added with more care than the tensor cores take (see `device.dot`).
+    """
     whole = max(16, _power(dim))
     first = whole // 2
+    if dtype == torch.float32 and dim > 128:
+        return 128, max(16, _power(dim - 128))
     if dim <= 16 or dim - first <= 0:
         return whole, 0
     second = max(16, _power(dim - first))
@@ -90,13 +95,11 @@ def allows_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def precision(dtype: torch.dtype, width: int) -> str:
-    """How fp32 products over `width` terms are taken: as exactly as eager takes them."""
+def precision(dtype: torch.dtype) -> str:
+    """How fp32 products are taken: as exactly as eager takes them."""
     if dtype != torch.float32:
         return "ieee"  # 16-bit operands: exact products, fp32 sums, whatever this says
-    if allows_tf32():
-        return "tf32"
-    return "tf32x3" if width <= configs.TF32X3_WIDTH else "ieee"
+    return "tf32" if allows_tf32() else configs.EXACT_FP32
 
 
 @dataclass(frozen=True)
@@ -139,8 +142,8 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             raise ValueError(f"fusion_kernels: {name} has {x.shape[2]} positions; the Triton kernels take {INDEX_LIMIT}")
 
 
-def traits(found: Parts, program: Program, dropout_p: float, *dims: int) -> configs.Traits:
-    """What the choice of tiles depends on. dims: the head dims."""
+def traits(found: Parts, program: Program, dropout_p: float, two_parts: bool) -> configs.Traits:
+    """What the choice of tiles depends on."""
     loads = [(n.depends_on("q"), n.depends_on("k")) for n in program.loads]
     work = sum(n.depends_on("score") and n.op not in LEAVES for n in postorder(program.root))
     return configs.Traits(
@@ -148,5 +151,5 @@ def traits(found: Parts, program: Program, dropout_p: float, *dims: int) -> conf
         busy=any(map(any, loads)) or work > _BUSY,
         table=any(map(all, loads)),
         dropout=dropout_p > 0,
-        parts=any(split(d)[1] for d in dims),
+        parts=two_parts,
     )

@@ -140,14 +140,14 @@ def _plan(
     wrt = tuple(i for i, need in enumerate(needs) if need and program.captures[i].kind == "float")
     found = parts(program, wrt, q.dtype == torch.bfloat16)
     masked = found.masked
-    (D0, D1), (V0, V1) = split(D), split(DV)
+    (D0, D1), (V0, V1) = split(D, q.dtype), split(DV, q.dtype)
     whole = D1 == 0 and V1 == 0
-    mode = precision(q.dtype, max(D, DV))
+    mode = precision(q.dtype)
     floor = max((found.floor + 24) * _LOG2E, -3.4e38)  # base 2; 24 > log(M): no longer sequence is taken
     flags = found.kv_bounds is not None or found.q_bounds is not None
     dims = (D, D0, D1, DV, V0, V1)
     sizes = (B, H, N, M, H // kv_heads)
-    kind = traits(found, program, dropout_p, D, DV)
+    kind = traits(found, program, dropout_p, D1 + V1 > 0)
     row_grid = tiles_of(N, _ROWS) * B * H
 
     align, (gs, os) = strides(do, out)

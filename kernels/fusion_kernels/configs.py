@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["TF32X3_WIDTH", "Tile", "Traits", "backward_dkdv", "backward_dq", "backward_table", "forward"]
+__all__ = ["EXACT_FP32", "Tile", "Traits", "backward_dkdv", "backward_dq", "backward_table", "forward"]
 
-# Where tf32 is not allowed, fp32 products are three tf32 products on the tensor cores up to this head dim: error 1.0 to 1.6 times
-# that of plain multiply-add, 3 to 20 times its speed (causal, N = 1024, D = 64, 128). At 200 its error is 3.6 times eager's.
-TF32X3_WIDTH = 128
+# Where tf32 is not allowed, fp32 products are three tf32 products on the tensor cores: at most 1.6 times the error of plain
+# multiply-add ("ieee") over parts of up to 128, at 3 to 20 times its speed (causal, N = 1024, D = 64 and 128).
+EXACT_FP32 = "tf32x3"
 
 
 @dataclass(frozen=True)

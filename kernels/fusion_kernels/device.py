@@ -95,9 +95,17 @@ def store_rows(
 # ---------------------------------------------------------------- products
 
 
+# The tensor cores truncate as they add to an fp32 accumulator, which over many steps costs more than fp32 products may lose.
+# Exact fp32 ("tf32x3") therefore adds tile by tile with the ordinary adder; a limit on imprecise sums is what keeps the compiler
+# from folding that addition back into the product.
+
+
 @triton.jit
 def dot(a, b, accumulator, PRECISION: tl.constexpr):
-    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+    if PRECISION == "tf32x3":
+        return accumulator + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
+    else:
+        return tl.dot(a, b, accumulator, input_precision=PRECISION)
 
 
 @triton.jit
@@ -105,7 +113,7 @@ def dot_pair(a0, a1, b0, b1, SECOND: tl.constexpr, PRECISION: tl.constexpr):
     """a0 @ b0.T + a1 @ b1.T: a head dim in two parts (72 = 64 + 8); the second is absent unless SECOND."""
     out = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
     if SECOND:
-        out = tl.dot(a1, tl.trans(b1), out, input_precision=PRECISION)
+        out = dot(a1, tl.trans(b1), out, PRECISION)
     return out
 
 

@@ -234,15 +234,15 @@ def _plan(
     found = parts(program, (), q.dtype == torch.bfloat16)
     masked = found.masked
     full = found.full if found.kv_bounds is not None else masked
-    (D0, D1), (V0, V1) = split(D), split(DV)
-    tile = tile or configs.forward(N, M, D0 + D1, V0 + V1, q.dtype, traits(found, program, dropout_p, D, DV))
+    (D0, D1), (V0, V1) = split(D, q.dtype), split(DV, q.dtype)
+    tile = tile or configs.forward(N, M, D0 + D1, V0 + V1, q.dtype, traits(found, program, dropout_p, D1 + V1 > 0))
     align, (qs, ks, vs, os) = strides(q, k, v, out)
     tma = tile.tma and D1 == 0 and V1 == 0 and describable(k, v)
     constants = (
         qs, ks, vs, os, B, H, N, M, H // k.shape[1], threshold(dropout_p), keep_scale(dropout_p), found.floor,
         found.kv_bounds, masked.score, masked.factor, masked.wide, full.score, full.factor, full.wide,
         found.revisit, program.zero_rows, dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align,
-        D, D0, D1, DV, V0, V1, tile.block_m, tile.block_n, precision(q.dtype, max(D, DV)), tma,
+        D, D0, D1, DV, V0, V1, tile.block_m, tile.block_n, precision(q.dtype), tma,
     )  # fmt: skip
     launch = Launch(_forward, tiles_of(N, tile.block_m) * B * H, constants, tile.warps, tile.stages)
     return _Plan(program, launch, (Blocks(k, tile.block_n, D0), Blocks(v, tile.block_n, V0)) if tma else None)

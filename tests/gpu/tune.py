@@ -335,14 +335,16 @@ def peers(only: str, limit: float) -> None:
 
 def fp32() -> None:
     """What exact fp32 products cost and lose, and what one launch costs the host."""
-    for d, mode in itertools.product((64, 128), ("ieee", "tf32x3")):
-        configs.TF32X3_WIDTH = 256 if mode == "tf32x3" else 0
-        run = Run(2, 8, 1024, d, "causal", torch.float32)
+    for d, n, mode in itertools.product((64, 128, 256), (1024, 8192), ("ieee", "tf32x3")):
+        if mode == "ieee" and (d, n) != (64, 1024):
+            continue  # slow
+        configs.EXACT_FP32 = mode
+        run = Run(1, 2, n, d, "causal", torch.float32)
         run.forward()
         run.backward()
         x = [t.detach().double().requires_grad_() for t in (run.q, run.k, run.v)]
         y = [t.detach().requires_grad_() for t in (run.q, run.k, run.v)]
-        mask = torch.ones(1024, 1024, dtype=torch.bool, device="cuda").tril()
+        mask = torch.ones(n, n, dtype=torch.bool, device="cuda").tril()
         results = []
         for q, k, v in (x, y):
             out = ((q @ k.transpose(-1, -2)) * d**-0.5).masked_fill(~mask, float("-inf")).softmax(-1) @ v
@@ -352,7 +354,7 @@ def fp32() -> None:
         ours = [norm(a, b) for a, b in zip((run.out, run.dq, run.dk, run.dv), exact, strict=True)]
         theirs = [norm(a, b) for a, b in zip(eager, exact, strict=True)]
         times = f"forward {bench(run.forward):.3f} ms backward {bench(run.backward):.3f} ms"
-        print(f"fp32 D{d} {mode}: ours {' '.join(ours)} eager {' '.join(theirs)} {times}", flush=True)
+        print(f"fp32 D{d} N{n} {mode}: ours {' '.join(ours)} eager {' '.join(theirs)} {times}", flush=True)
     run = Run(1, 1, 64, 64, "causal")
     for name, call in (("forward", run.forward), ("backward", run.backward)):
         call()
