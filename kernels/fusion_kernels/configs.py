@@ -8,8 +8,8 @@ import torch
 
 __all__ = ["EXACT_FP32", "Tile", "Traits", "backward_dkdv", "backward_dq", "backward_table", "forward"]
 
-# Where tf32 is not allowed, fp32 products are three tf32 products on the tensor cores: at most 1.6 times the error of plain
-# multiply-add ("ieee") over parts of up to 128, at 3 to 20 times its speed (causal, N = 1024, D = 64 and 128).
+# Where tf32 is not allowed, fp32 products are three tf32 products on the tensor cores: at most 1.6 times eager's error
+# at 3 to 20 times the speed of plain multiply-add, "ieee" (causal, N = 1024, D = 64 and 128; before `device.dot` added by tile).
 EXACT_FP32 = "tf32x3"
 
 
@@ -59,8 +59,9 @@ class Traits:
         return "masked" if self.masked or self.busy else "full"
 
 
-# 16-bit operands: head dim up to -> tile. Measured in TFLOP/s on one H200, bf16, N = M = 4096, B = 4, 2048 / D heads: the
-# choice, and in brackets the best of the others ("masked" under a causal mask, "parts" at D = 80 under one).
+# 16-bit operands: head dim up to -> tile. The numbers are TFLOP/s on one H200, bf16, N = M = 4096, B = 4, 2048 / D heads, one
+# do_bench median a tile: the choice, and in brackets the best of the others ("masked" under a causal mask, "parts" at D = 80
+# under one, "dropout" before the Philox products were made wide). A tile without a number was not timed: it follows its neighbour.
 _FORWARD = {
     "full": {64: Tile(128, 128, 4, 3, True), 128: Tile(128, 128, 8, 3), 256: Tile(64, 64, 4, 3, True)},  # 437 (423), 493 (480)
     "masked": {
