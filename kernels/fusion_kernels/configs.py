@@ -61,7 +61,7 @@ class Traits:
 
 # 16-bit operands: head dim up to -> tile. The numbers are TFLOP/s on one H200, bf16, N = M = 4096, B = 4, 2048 / D heads, one
 # do_bench median a tile: the choice, and in brackets the best of the others ("masked" under a causal mask, "parts" at D = 80
-# under one, "dropout" before the Philox products were made wide). A tile without a number was not timed: it follows its neighbour.
+# under one, "dropout" before the Philox products were made wide). A tile without a number was not timed.
 _FORWARD = {
     "full": {64: Tile(128, 128, 4, 3, True), 128: Tile(128, 128, 8, 3), 256: Tile(64, 64, 4, 3, True)},  # 437 (423), 493 (480)
     "masked": {

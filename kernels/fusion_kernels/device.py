@@ -96,8 +96,8 @@ def store_rows(
 
 
 # Over 200 and more terms, sums kept in the tensor cores' fp32 accumulator had 3.6 times eager's error (dq, D = 200; at 128 they
-# had 1.6 times). Exact fp32 ("tf32x3") therefore adds tile by tile with the ordinary adder; a limit on imprecise sums is what keeps the compiler
-# from folding that addition back into the product.
+# had 1.6 times). Exact fp32 ("tf32x3") therefore adds tile by tile with the ordinary adder; a limit on imprecise sums is what
+# keeps the compiler from folding that addition back into the product.
 
 
 @triton.jit
