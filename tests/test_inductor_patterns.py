@@ -41,7 +41,7 @@ FUNCTIONS = {k: v for k, v in vars(traceable(fuse_attention)).items() if re.full
 def variants() -> dict[str, dict[str, Any]]:
     """name -> search function's name, example arguments, numbers; as the module would register them for the CPU."""
     found: dict[str, dict[str, Any]] = {}
-    for name, entry in fuse_attention._get_sfdp_patterns():
+    for name, entry in fuse_attention._get_sfdp_patterns(torch.device("cpu")):
         numbers = dict(entry["scalar_workaround"])
         if name.endswith("_inference"):
             numbers.update({DROPOUT: 0.0} if _takes_dropout(entry["search_fn"].__name__) else {})
