@@ -40,6 +40,7 @@ fuzz: $(READY)
 
 test-gpu: $(READY)
 	$(PY) -m pytest -m gpu tests
+	FUSION_PASS_TEST_DEVICE=cuda $(PY) -m pytest -m "not gpu and not fuzz" -k fused_and_right tests/test_spellings.py
 
 # torch comes first and alone: with the build that pip is configured to find, and with nothing else pulling another in.
 .venv/.installed: requirements-dev.txt pyproject.toml

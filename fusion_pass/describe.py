@@ -26,7 +26,7 @@ from .shadow import Record, Shadow, Value
 from .site import Reason, Refused
 from .views import source_index
 
-__all__ = ["Describer", "has_score", "symbols_of", "sym"]
+__all__ = ["Describer", "has_score", "sym", "symbols_of"]
 
 Index = Sequence[sympy.Expr]
 MAX_ELEMENTS = 4000  # (value, index) pairs of one site: a 20-op score takes about 100
@@ -150,9 +150,7 @@ class Describer:
         a, b = record.args[first], record.args[first + 1]
         *batch, row, column = index
         inner = self.bound_axis(record, a.shape[-1], "d")
-        node = Node.make(
-            "dot", attr=(record.seq, a.id, (*batch, row, inner), b.id, (*batch, inner, column), inner), kind="float"
-        )
+        node = Node.make("dot", attr=(record.seq, a.id, (*batch, row, inner), b.id, (*batch, inner, column), inner), kind="float")
         if not first:
             return node
         alpha, beta = (pointwise.scalar(record.kwargs.get(n, 1)) for n in ("alpha", "beta"))

@@ -1,5 +1,8 @@
 """Score programs for people: ``softmax(where(k <= q, q k^T / 8, -inf) + bias[h, q, k])`` and the mask facts in words."""
 
+# sympy is not typed
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportReturnType=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalOperand=false
 from __future__ import annotations
 
 from collections.abc import Sequence

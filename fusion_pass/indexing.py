@@ -5,6 +5,9 @@ input; splitting and merging dims gives ``//`` and ``%``, which are simplified w
 are built, so that ``(b * H + h) // H`` is ``b``.  Sizes may be symbolic (dynamic shapes); nothing here adds a guard.
 """
 
+# sympy is not typed
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportReturnType=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalOperand=false
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -14,7 +17,6 @@ import sympy
 import torch
 
 __all__ = ["Axes", "Div", "Mod", "expr_of", "merge_index", "same"]
-
 
 
 class Div(sympy.Function):

@@ -50,7 +50,9 @@ def inline(gm: torch.fx.GraphModule, shadow: Shadow, node: torch.fx.Node) -> Non
     values = {id(v.tensor): v for r in shadow.by_node[node] for v in r.outputs}
     with gm.graph.inserting_before(node):
         for record in shadow.by_node[node]:
-            args, kwargs = pytree.tree_map(argument, (record.args, record.kwargs), is_leaf=lambda x: isinstance(x, (Value, torch.SymInt)))
+            args, kwargs = pytree.tree_map(
+                argument, (record.args, record.kwargs), is_leaf=lambda x: isinstance(x, (Value, torch.SymInt))
+            )
             call = splicer.call(record.func, *args, **kwargs)
             several = isinstance(call.meta["example_value"], (tuple, list))
             for value in record.outputs:

@@ -7,6 +7,9 @@ wants, so that no copy is made that the user's chain happened to make.  Solvable
 chain is tried.
 """
 
+# sympy is not typed
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportReturnType=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalOperand=false
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -90,8 +93,11 @@ def _dim_steps(axes: Axes, size: sympy.Expr, position: sympy.Expr, dim: int) -> 
     found: list[sympy.Symbol] = []
     for coefficient, axis in terms:
         count = axes.sizes[axis]
-        block, rest = axes._split(offset, coefficient) if not (offset.is_Integer and coefficient.is_Integer) else (
-            offset // coefficient, offset % coefficient)
+        block, rest = (
+            axes._split(offset, coefficient)
+            if not (offset.is_Integer and coefficient.is_Integer)
+            else (offset // coefficient, offset % coefficient)
+        )
         if not same(size, count * coefficient) or block != 0:
             if not _nonnegative(size - (block + count) * coefficient):
                 return None

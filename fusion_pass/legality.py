@@ -66,8 +66,8 @@ def _check_writes(shadow: Shadow, match: Match, scores: Scores) -> None:
     read: Iterable[Value] = [match.q.value, match.k.value, match.v.value, *(c for c in scores.captures if isinstance(c, Value))]
     for value in read:
         if shadow.written_between(value, value.seq, end):
-            raise Refused(Reason.MUTATION, f"a {tuple(value.shape)} tensor is written in place before the attention is done with it",
-                          "inputs of the attention that nothing writes before its end")  # fmt: skip
+            seen = f"a {tuple(value.shape)} tensor is written in place before the attention is done with it"
+            raise Refused(Reason.MUTATION, seen, "inputs of the attention that nothing writes before its end")
     for value in match.walked:
         if value.before is not None:
             raise Refused(Reason.MUTATION, f"a {tuple(value.shape)} tensor of the attention is written through a view of it",

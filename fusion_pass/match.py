@@ -5,6 +5,9 @@ along the summed axis, a softmax over that axis?  is there a product under the s
 only?  can the factors be viewed as (batch, heads, length, head dim)?
 """
 
+# sympy is not typed
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportReturnType=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalOperand=false
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -14,7 +17,7 @@ import sympy
 import torch
 from fusion_kernels.program import Node, postorder
 
-from .describe import PRODUCTS, Describer, symbols_of
+from .describe import PRODUCTS, Describer
 from .indexing import Axes, expr_of, same
 from .layout import Step, linear_terms, view_steps
 from .normal import as_softmax
@@ -219,7 +222,24 @@ class _Matcher:
         walked = self.d.seen | set(chain) | {output, product.outputs[0]}
         for chain_ in (q_chain, k_chain, v_chain):
             walked |= {link[0] for link in chain_}
-        return Match(self.anchor, self.d, output, out_steps, body, dot, self.key, self.query, batch, heads, q, k, v, dropout_p, zero_rows, walked)
+        return Match(
+            self.anchor,
+            self.d,
+            output,
+            out_steps,
+            body,
+            dot,
+            self.key,
+            self.query,
+            batch,
+            heads,
+            q,
+            k,
+            v,
+            dropout_p,
+            zero_rows,
+            walked,
+        )
 
     # ------------------------------------------------------------ axes
 
@@ -250,7 +270,9 @@ class _Matcher:
         for name, radices in found.items():
             size = self.axes.sizes[next(a for a in self.batch if a.name == name)]
             chain: list[sympy.Expr] = []
-            for n in sorted(radices, key=lambda e: (len(e.free_symbols), sympy.default_sort_key(e)) if not e.is_Integer else (0, int(e))):  # type: ignore[misc]
+            for n in sorted(
+                radices, key=lambda e: (len(e.free_symbols), sympy.default_sort_key(e)) if not e.is_Integer else (0, int(e))
+            ):  # type: ignore[misc]
                 if sympy.fraction(sympy.cancel(n / (chain[-1] if chain else 1)))[1] == 1:
                     chain.append(n)
             if chain and sympy.fraction(sympy.cancel(size / chain[-1]))[1] == 1:
@@ -272,7 +294,9 @@ class _Matcher:
         """The axes that a dim of the product merges, outermost first."""
         linear = linear_terms(self.axes, expr)
         if linear is None or linear[0] != 0:
-            raise Refused(Reason.LAYOUT, f"the product with the values is read at {expr}", "a view that merges or splits whole dims")
+            raise Refused(
+                Reason.LAYOUT, f"the product with the values is read at {expr}", "a view that merges or splits whole dims"
+            )
         return [axis for _, axis in linear[1]]
 
     def _grouping(self, links: list[tuple[Value, Sequence[sympy.Expr]]]) -> tuple[list[sympy.Symbol], ...]:
@@ -346,14 +370,24 @@ class _Matcher:
             position = found.attr[1]  # pyright: ignore
             if position != key and not (position == 0 and self.axes.sizes[key] == 1):
                 if _reach(_users(self.shadow), self.anchor.product.outputs[0]) is not None:
-                    raise Refused(Reason.PROBABILITIES_EDITED, "a product mixes them over another dim first", "softmax, then the values")
-                raise Refused(Reason.SOFTMAX_DIM, f"softmax over the dim at {position}", "softmax over the dim that is summed with the values")
+                    raise Refused(
+                        Reason.PROBABILITIES_EDITED, "a product mixes them over another dim first", "softmax, then the values"
+                    )
+                raise Refused(
+                    Reason.SOFTMAX_DIM,
+                    f"softmax over the dim at {position}",
+                    "softmax over the dim that is summed with the values",
+                )
             return found, dropout_p
         if any(_written(self.shadow.values[n.attr[0]]) for n in postorder(node) if n.op == "value"):  # pyright: ignore
             raise Refused(Reason.MUTATION, "the probabilities are written through a view of them", "out-of-place operations")
         inside = [n for n in postorder(node) if n.op in ("softmax", "sum", "log_softmax")]
         if inside:
-            raise Refused(Reason.PROBABILITIES_EDITED, f"{node.op} after the softmax", "at most casts and one dropout between softmax and values")
+            raise Refused(
+                Reason.PROBABILITIES_EDITED,
+                f"{node.op} after the softmax",
+                "at most casts and one dropout between softmax and values",
+            )
         raise Refused(Reason.PROBABILITIES_EDITED, "the factor of the values is not a softmax of anything that can be read back",
                       "casts, views and dropout only, between softmax and values")  # fmt: skip
 
@@ -363,7 +397,7 @@ class _Matcher:
         for node in postorder(body):
             if node.op != "dot":
                 continue
-            _, _, a_index, _, b_index, inner = node.attr  # pyright: ignore
+            _, _, a_index, _, b_index, _ = node.attr  # pyright: ignore
             a, b = (set().union(*(self.axes.of(e) for e in i)) for i in (a_index, b_index))
             if (self.key in a and self.key in b) or (self.query in a and self.query in b):
                 continue
@@ -375,7 +409,9 @@ class _Matcher:
                 continue
             found.append(node)
         if not found and any(_written(self.shadow.values[n.attr[0]]) for n in postorder(body) if n.op == "value"):  # pyright: ignore
-            raise Refused(Reason.MUTATION, "the scores are written through a view of them", "in-place operations on the whole tensor")
+            raise Refused(
+                Reason.MUTATION, "the scores are written through a view of them", "in-place operations on the whole tensor"
+            )
         if not found:
             raise Refused(Reason.NO_SCORES, "the softmax is not over a product of two tensors", "q @ k^T under the softmax")
         return found[0]
@@ -397,7 +433,13 @@ class _Matcher:
             step = self.d.step(*links[-1])
             if step is None:
                 record = links[-1][0].record
-                if record is None or self.d.cut(links[-1][0]) or record.mutates or record.op != "_to_copy.default" or not record.args[0].dtype.is_floating_point:
+                if (
+                    record is None
+                    or self.d.cut(links[-1][0])
+                    or record.mutates
+                    or record.op != "_to_copy.default"
+                    or not record.args[0].dtype.is_floating_point
+                ):
                     return links
                 step = (record.args[0], links[-1][1])
             links.append(step)

@@ -19,7 +19,7 @@ from .inline import OPENED, copy_graph, inline
 from .match import Anchor, Factor, Match, find_anchors, match
 from .rewrite import Splicer
 from .scores import Number, Scores, scores
-from .shadow import Shadow, Value, meta_value, trace
+from .shadow import Value, meta_value, trace
 from .site import AttentionSite, Operand, Reason, Refused, Site, Verdict
 
 __all__ = ["run_pass"]
@@ -69,11 +69,15 @@ def _run_graph(gm: torch.fx.GraphModule, when: str, graph: int, first: int, body
         try:
             sites, opened, refused = _Run(gm, when, graph, first, body, closed).run(may_open=backup is None)
         except Refused as refusal:  # the graph cannot be traced
-            return [Site(first, graph, "", "", "", Verdict(False, reason=refusal.reason, seen=refusal.seen, needed=refusal.needed))]
+            return [
+                Site(first, graph, "", "", "", Verdict(False, reason=refusal.reason, seen=refusal.seen, needed=refusal.needed))
+            ]
         except Exception as error:
             if config.strict():
                 raise
-            return [Site(first, graph, "", "", "", Verdict(False, reason=Reason.INTERNAL, seen=f"{type(error).__name__}: {error}"))]
+            return [
+                Site(first, graph, "", "", "", Verdict(False, reason=Reason.INTERNAL, seen=f"{type(error).__name__}: {error}"))
+            ]
         if opened is not None:  # composite calls were opened: once more, on the graph as it is now
             backup = opened
             continue

@@ -182,7 +182,7 @@ def _division(op: str) -> Rule:
 
 def _power(a: Node, b: Node) -> Node:
     a, b = to_float(a), to_float(b)
-    named = {2.0: lambda: apply("mul", a, a), 0.5: lambda: apply("sqrt", a), -0.5: lambda: apply("rsqrt", a), 1.0: lambda: a,
+    named: dict[object, Callable[[], Node]] = {2.0: lambda: apply("mul", a, a), 0.5: lambda: apply("sqrt", a), -0.5: lambda: apply("rsqrt", a), 1.0: lambda: a,
              -1.0: lambda: apply("div", const(1.0), a)}  # fmt: skip
     return named[b.attr]() if b.op == "const" and b.attr in named else apply("pow", a, b)
 
@@ -263,12 +263,12 @@ def _masked_fill(d: Describer, record: Record, index: Any, value: Value) -> Node
 
 
 def _clamped(x: Node, low: Node | None, high: Node | None) -> Node:
-    """where-forms: NaN passes, and the gradient is that of torch's clamp (x inside the closed interval)."""
+    """where-forms with the gradient of torch's clamp: 1 inside the closed interval, 0 outside and at NaN."""
     inner = x if high is None else apply("where", apply("gt", *_promote(x, high)), *_promote(high, x))
-    if low is None:
-        return inner
-    x, low = _promote(x, low)
-    return apply("where", apply("lt", x, low), *_promote(low, inner))
+    if low is not None:
+        x, low = _promote(x, low)
+        inner = apply("where", apply("lt", x, low), *_promote(low, inner))
+    return inner if x.kind == "int" else apply("where", apply("isnan", to_float(x)), const(math.nan), to_float(inner))
 
 
 def _clamp(which: str) -> Rule:
@@ -304,16 +304,26 @@ def _softplus(d: Describer, record: Record, index: Any, value: Value) -> Node | 
     x = to_float(_args(d, record, index, 1)[0])
     beta, threshold = (float(a) for a in (*record.args[1:], *(1.0, 20.0)[len(record.args) - 1 :]))
     scaled = apply("mul", x, const(beta))
-    soft = apply("div", apply("log1p", apply("exp", apply("where", apply("gt", scaled, const(threshold)), const(0.0), scaled))), const(beta))
+    soft = apply(
+        "div",
+        apply("log1p", apply("exp", apply("where", apply("gt", scaled, const(threshold)), const(0.0), scaled))),
+        const(beta),
+    )
     return apply("where", apply("gt", scaled, const(threshold)), x, soft)
 
 
 def _nan_to_num(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
     x = result = to_float(_args(d, record, index, 1)[0])
     limits = torch.finfo(value.dtype)
-    given = [record.args[i] if len(record.args) > i else record.kwargs.get(n) for i, n in enumerate(("nan", "posinf", "neginf"), 1)]
+    given = [
+        record.args[i] if len(record.args) > i else record.kwargs.get(n) for i, n in enumerate(("nan", "posinf", "neginf"), 1)
+    ]
     nan, high, low = (g if g is not None else e for g, e in zip(given, (0.0, limits.max, limits.min), strict=True))
-    for found, given_value in ((apply("eq", x, const(-math.inf)), low), (apply("eq", x, const(math.inf)), high), (apply("isnan", x), nan)):
+    for found, given_value in (
+        (apply("eq", x, const(-math.inf)), low),
+        (apply("eq", x, const(math.inf)), high),
+        (apply("isnan", x), nan),
+    ):
         result = apply("where", found, const(float(given_value)), result)
     return result
 
@@ -413,6 +423,24 @@ def _first(d: Describer, record: Record, index: Any, value: Value) -> Node | Non
 
 # ---------------------------------------------------------------- the table: ATen name (with or without overload) -> rule
 
+_UNARY = [
+    "abs",
+    "exp",
+    "log",
+    "sqrt",
+    "rsqrt",
+    "tanh",
+    "sigmoid",
+    "sin",
+    "cos",
+    "erf",
+    "floor",
+    "ceil",
+    "trunc",
+    "log1p",
+    "expm1",
+]
+
 RULES: dict[str, Rule] = {
     "add": _arith("add"),
     "sub": _arith("sub"),
@@ -428,8 +456,7 @@ RULES: dict[str, Rule] = {
     "maximum": lambda d, r, i, v: _binary("maximum", *_args(d, r, i, 2)),
     "minimum": lambda d, r, i, v: _binary("minimum", *_args(d, r, i, 2)),
     "neg": _neg,
-    **{name: _unary(name) for name in ("abs", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "sin", "cos", "erf", "floor",
-                                       "ceil", "trunc", "log1p", "expm1")},  # fmt: skip
+    **{name: _unary(name) for name in _UNARY},
     "reciprocal": _formula(lambda x: apply("div", const(1.0), x)),
     "square": _formula(lambda x: apply("mul", x, x)),
     "relu": _formula(lambda x: apply("where", apply("le", x, const(0.0)), const(0.0), x)),  # d relu(0) = 0; NaN passes

@@ -12,8 +12,9 @@ from typing import Any
 
 import sympy
 import torch
-import torch.fx
+import torch.fx.node
 from fusion_kernels.op import ATTENTION
+from torch.utils import _pytree as pytree
 
 from .indexing import Div, Mod, expr_of
 from .layout import Step
@@ -127,7 +128,9 @@ class Splicer:
         if value.node is not None:
             return [self.replaced.get(value.node, value.node)]
         if value.record is None:
-            raise Refused(Reason.NOT_EXPRESSIBLE, f"a {tuple(value.shape)} tensor that no node of the graph holds", "tensors of the graph")
+            raise Refused(
+                Reason.NOT_EXPRESSIBLE, f"a {tuple(value.shape)} tensor that no node of the graph holds", "tensors of the graph"
+            )
         if value.record.mutates:
             raise Refused(Reason.MUTATION, f"{value.record.op} in place inside a composite call", "out-of-place operations")
         return [n for v in value.record.inputs() for n in self._sources(v)]
@@ -153,8 +156,8 @@ class Splicer:
             return self.replaced.get(value.node, value.node)
         record = value.record
         assert record is not None  # `_sources` has refused
-        args, kwargs = torch.utils._pytree.tree_map_only(Value, self._held, (record.args, record.kwargs))
-        args, kwargs = torch.utils._pytree.tree_map_only(torch.SymInt, lambda s: self.size(expr_of(s)), (args, kwargs))
+        args, kwargs = pytree.tree_map_only(Value, self._held, (record.args, record.kwargs))
+        args, kwargs = pytree.tree_map_only(torch.SymInt, lambda s: self.size(expr_of(s)), (args, kwargs))
         node = self.call(record.func, *args, **kwargs)
         return node if len(record.outputs) == 1 else self.call(operator.getitem, node, value.output)
 
@@ -219,7 +222,9 @@ class Splicer:
         if expr.is_Symbol:
             source = self.symbols.get(expr)
             if source is None:
-                raise Refused(Reason.NOT_EXPRESSIBLE, f"the size {expr} cannot be read from an input", "sizes of the graph's inputs")
+                raise Refused(
+                    Reason.NOT_EXPRESSIBLE, f"the size {expr} cannot be read from an input", "sizes of the graph's inputs"
+                )
             node, dim = source
             return node if dim is None else self.call("size", node, dim)
         fold = _SIZE_OPS.get(type(expr).__name__)

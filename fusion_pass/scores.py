@@ -68,7 +68,9 @@ class _Writer:
             raise Refused(Reason.TOO_LARGE, f"a score of more than {MAX_NODES} operations", "a shorter score")
         for node in postorder(self.m.body):
             if node.op in REDUCTIONS and has_score(node):
-                raise Refused(Reason.NOT_EXPRESSIBLE, f"a {node.op} over the scores inside the softmax", "a pointwise function of q.k")
+                raise Refused(
+                    Reason.NOT_EXPRESSIBLE, f"a {node.op} over the scores inside the softmax", "a pointwise function of q.k"
+                )
             if node.op == "dropout":
                 raise Refused(Reason.NOT_EXPRESSIBLE, "dropout of the scores before the softmax", "dropout after the softmax")
         root = p.apply("to_float", self.write(self.m.body))
@@ -153,8 +155,10 @@ class _Writer:
         if not held:
             return None
         if all(v in self.descended for v, _ in held):
-            raise Refused(Reason.NOT_EXPRESSIBLE, "the score reads a tensor that is computed from the scores (a top-k threshold, a row norm)",
-                          "a pointwise function of q.k")  # fmt: skip
+            if node.args and node.op not in REDUCTIONS and node.op != "dropout":
+                return None  # made with the scores' shape: written out from its parts instead
+            seen = "the score reads a tensor that is computed from the scores (a top-k threshold, a row norm)"
+            raise Refused(Reason.NOT_EXPRESSIBLE, seen, "a pointwise function of q.k")
         held = [(v, i) for v, i in held if v not in self.descended]
         value, index = min(held, key=lambda h: _weight(h[0]))
         loaded = self._captured(value, [self.integer(e) for e in index])
@@ -177,7 +181,9 @@ class _Writer:
         if not self.axes.of(expr):
             return self._param(expr)
         if expr.is_Symbol:
-            raise Refused(Reason.NOT_EXPRESSIBLE, f"the score reads the axis {expr}", "axes of the batch, heads, queries and keys")
+            raise Refused(
+                Reason.NOT_EXPRESSIBLE, f"the score reads the axis {expr}", "axes of the batch, heads, queries and keys"
+            )
         if isinstance(expr, (Div, Mod)):
             return apply("floordiv" if isinstance(expr, Div) else "mod", *map(self.integer, expr.args))
         if expr.is_Add:

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.fx
+import torch.fx.node
+from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[reportMissingImports]
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -68,7 +69,7 @@ class Record:
 
     @property
     def op(self) -> str:
-        """"mul.Tensor" for both `aten.mul.Tensor` and `aten.mul_.Tensor`."""
+        """ "mul.Tensor" for both `aten.mul.Tensor` and `aten.mul_.Tensor`."""
         packet = self.func.overloadpacket.__name__
         if self.mutates and packet.endswith("_"):
             packet = packet[:-1]
@@ -137,7 +138,9 @@ class _Recorder(TorchDispatchMode):
 
     def define(self, tensor: torch.Tensor, record: Record | None, output: int = 0) -> Value:
         value = Value(len(self.shadow.values), tensor, record, output, seq=self.seq)
-        value.differentiable = record is not None and tensor.is_floating_point() and any(v.differentiable for v in record.inputs())
+        value.differentiable = (
+            record is not None and tensor.is_floating_point() and any(v.differentiable for v in record.inputs())
+        )
         self.shadow.values.append(value)
         self.current[id(tensor)] = value
         if tensor.layout == torch.strided:
@@ -161,7 +164,7 @@ class _Recorder(TorchDispatchMode):
     def _write(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         assert self.node is not None
         self.seq += 1
-        to_value = lambda x: self.value_of(x) if isinstance(x, torch.Tensor) else x  # noqa: E731
+        to_value = lambda x: self.value_of(x) if isinstance(x, torch.Tensor) else x
         value_args, value_kwargs = pytree.tree_map(to_value, (args, kwargs))
         mutated = _mutated(func, args, kwargs)
         record = Record(self.seq, func, value_args, value_kwargs, self.node, mutates=bool(mutated), grad=torch.is_grad_enabled())
@@ -244,7 +247,7 @@ class _Runner:
 
     def _input(self, value: Any) -> Any:
         """Inputs without autograd history; a real tensor (a lifted constant) is made fake."""
-        if isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
+        if isinstance(value, torch.Tensor) and is_functorch_wrapped_tensor(value):
             return None  # lives inside a function transform only
         if isinstance(value, FakeTensor):
             return value.detach() if value.fake_mode is self.fake_mode else value

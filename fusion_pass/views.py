@@ -3,6 +3,9 @@
 A rule is ``(axes, record, index, output) -> index of record.args[0]``.  Copies (clone, contiguous) move nothing.
 """
 
+# sympy is not typed
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportReturnType=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalOperand=false
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -133,7 +136,14 @@ COPIES = frozenset({"clone.default", "contiguous.default"})
 
 VIEWS: dict[str, Rule] = {
     **dict.fromkeys(
-        ("clone.default", "contiguous.default", "alias.default", "detach.default", "lift_fresh.default", "lift_fresh_copy.default"),
+        (
+            "clone.default",
+            "contiguous.default",
+            "alias.default",
+            "detach.default",
+            "lift_fresh.default",
+            "lift_fresh_copy.default",
+        ),
         _identity,
     ),
     **dict.fromkeys(("view.default", "_unsafe_view.default", "reshape.default", "_reshape_alias.default"), _reshape),

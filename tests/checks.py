@@ -132,7 +132,7 @@ def run(
     before = [x.detach().clone() if _is(x) else x for x in given]
     out = fn(*given)
     outputs = [x for x in tree_leaves(out) if _is(x)]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     parameters = list(fn.parameters()) if isinstance(fn, nn.Module) else []
     sources = [x for x in [*given, *parameters] if _is(x) and x.requires_grad]
     targets = [x for x in outputs if x.requires_grad] if backward else []

@@ -16,6 +16,9 @@ p = 2^(x * log2(e) - lse). Where a row can have only masked scores of a finite f
 digits left for the sum over its keys: `deep_rows` finds the maximum and the sum of such rows again, and keeps them apart.
 """
 
+# the language of Triton kernels is not Python's to a type checker
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportReturnType=false, reportAttributeAccessIssue=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportCallIssue=false
 from __future__ import annotations
 
 from collections.abc import Sequence

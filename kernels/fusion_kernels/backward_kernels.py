@@ -67,6 +67,8 @@ def _dkdv_loop(
         ds = DSCORE(s, dx, b, h, rows[None, :], keys, q_ok, k_ok, sizes, aux)
         if DRATIO != 1.0:
             ds = ds * DRATIO
+        if TAIL:  # past the end 0 * inf may have made NaN
+            ds = tl.where(q_ok, ds, 0.0)
         ds = ds.to(q0.dtype)
         dk0 = dot(ds, q0, dk0, PRECISION)
         if D1 > 0:
@@ -211,6 +213,8 @@ def _dq_loop(
         ds = DSCORE(s, dx, b, h, rows, keys, q_ok, k_ok, sizes, aux)
         if DRATIO != 1.0:
             ds = ds * DRATIO
+        if TAIL:
+            ds = tl.where(k_ok, ds, 0.0)
         ds = ds.to(k0.dtype)
         dq0 = dot(ds, k0, dq0, PRECISION)
         if D1 > 0:

@@ -4,18 +4,14 @@ A program is a pure function ``f(s; b, h, q, k, captured tensors, integer parame
 ``s = sum_d q[b, h, q, d] * k[b, h, k, d]``. It is written down once and read by many: the dense torch evaluation
 (`evaluate`), the Triton source (`codegen`), the gradient (`derivative`), the tile bounds (`tiles`) and the report.
 
-Text form, one definition a line, the last one is the result (same text = same kernel)::
+Text form, definitions with ``; `` (or a line break) between them, the last one is the result (same text = same kernel)::
 
-    captures float[2] bool[2]
-    params 1
-    %0 = score
-    %1 = const 0.125
-    %2 = mul %0 %1
-    ...
+    captures float[2] bool[2]; params 1; %0 = score; %1 = const 0.125; %2 = mul %0 %1; ...
 
 Every node has a kind: ``float`` (evaluated in fp32, or fp64 for fp64 inputs), ``int`` or ``bool``.
 """
 
+# pyright: reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import math
@@ -23,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-__all__ = ["LEAVES", "OPS", "Capture", "Node", "Program", "SIZES", "parse", "postorder"]
+__all__ = ["LEAVES", "OPS", "SIZES", "Capture", "Node", "Program", "parse", "postorder"]
 
 # Leaves. attr: const -> value; index -> one of "b h q k" (the element) or "q0 q1 k0 k1" (first, last of a tile);
 # size -> "B H N M"; param -> position; load -> capture position (args: one int node per dim of the capture);
@@ -255,11 +251,11 @@ class Program:
         for node in postorder(self.root):
             parts = [node.op]
             if node.attr is not None:
-                parts.append(repr(node.attr))
+                parts.append(str(node.attr) if node.op in ("index", "size") else repr(node.attr))
             parts += [names[a] for a in node.args]
             names[node] = f"%{len(names)}"
             lines.append(f"{names[node]} = {' '.join(parts)}")
-        return "\n".join(lines)
+        return "; ".join(lines)  # one line: compilers put constant arguments into comments of the code that they write
 
     @cached_property
     def loads(self) -> tuple[Node, ...]:
@@ -291,8 +287,10 @@ def rebuild(root: Node, replace: Callable[[Node, tuple[Node, ...]], Node | None]
         args = tuple(done[a] for a in node.args)
         new = replace(node, args)
         if new is None:
-            new = node if args == node.args else (
-                Node.make(node.op, *args, attr=node.attr, kind=node.kind) if node.op in LEAVES else apply(node.op, *args)
+            new = (
+                node
+                if args == node.args
+                else (Node.make(node.op, *args, attr=node.attr, kind=node.kind) if node.op in LEAVES else apply(node.op, *args))
             )
         done[node] = new
     return done[root]
@@ -313,7 +311,7 @@ def parse(text: str) -> Program:
     Raises:
         ValueError: the text is not a score program; the message names the line.
     """
-    lines = text.strip().splitlines()
+    lines = [line.strip() for line in text.strip().replace("\n", ";").split(";")]
     if len(lines) < 3 or not lines[0].startswith("captures") or not lines[1].startswith("params "):
         raise ValueError(f"fusion_kernels: a score program starts with 'captures' and 'params' lines, got {text[:80]!r}")
     captures = []

@@ -130,5 +130,5 @@ def spelling(
 
 
 def make_inputs(row: Spelling, seed: int = 0) -> list[Any]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     return [make_input(x, generator, row.dtype) if isinstance(x, T) else x for x in row.inputs]
