@@ -182,8 +182,13 @@ def _division(op: str) -> Rule:
 
 def _power(a: Node, b: Node) -> Node:
     a, b = to_float(a), to_float(b)
-    named: dict[object, Callable[[], Node]] = {2.0: lambda: apply("mul", a, a), 0.5: lambda: apply("sqrt", a), -0.5: lambda: apply("rsqrt", a), 1.0: lambda: a,
-             -1.0: lambda: apply("div", const(1.0), a)}  # fmt: skip
+    named: dict[object, Callable[[], Node]] = {
+        2.0: lambda: apply("mul", a, a),
+        1.0: lambda: a,
+        0.5: lambda: apply("sqrt", a),
+        -0.5: lambda: apply("rsqrt", a),
+        -1.0: lambda: apply("div", const(1.0), a),
+    }
     return named[b.attr]() if b.op == "const" and b.attr in named else apply("pow", a, b)
 
 
