@@ -19,9 +19,10 @@ import sympy
 import torch
 from fusion_kernels.program import Node, apply, postorder, rebuild
 
-from . import pointwise
+from . import kinds
 from .indexing import Axes, expr_of
-from .pointwise import sym
+from .kinds import sym
+from .pointwise import RULES
 from .shadow import Record, Shadow, Value
 from .site import Reason, Refused
 from .views import source_index
@@ -112,7 +113,7 @@ class Describer:
     def _element(self, value: Value, index: tuple[sympy.Expr, ...]) -> Node:
         constant = getattr(value.tensor, "constant", None)
         if constant is not None and constant.numel() == 1:
-            return pointwise.scalar(constant.item())  # torch.tensor(0.125) in the graph
+            return kinds.scalar(constant.item())  # torch.tensor(0.125) in the graph
         step = self.step(value, index)
         if step is not None:
             return self.element(*step)
@@ -121,20 +122,20 @@ class Describer:
             return self.leaf(value, index)
         if record.op in PRODUCTS:
             return self.product(record, index)
-        rule = pointwise.RULES.get(record.op) or pointwise.RULES.get(record.op.partition(".")[0])
+        rule = RULES.get(record.op) or RULES.get(record.op.partition(".")[0])
         if rule is None or value.output:
             return self.leaf(value, index)
         node = rule(self, record, index, value)
         if node is None:
             return self.leaf(value, index)
-        return pointwise.cast(node, value.dtype, rounds=not has_score(node))
+        return kinds.cast(node, value.dtype, rounds=not has_score(node))
 
     # ------------------------------------------------------------ parts that rules use
 
     def arg(self, x: Any, record: Record, index: Index) -> Node:
         """An argument of a pointwise call at `index` of the result: tensors broadcast from the right."""
         if not isinstance(x, Value):
-            return pointwise.scalar(x)
+            return kinds.scalar(x)
         rank = len(x.shape)
         tail = list(index[len(index) - rank :]) if rank else []
         return self.element(x, [sympy.S.Zero if expr_of(s) == 1 else i for s, i in zip(x.shape, tail, strict=True)])
@@ -153,13 +154,13 @@ class Describer:
         node = Node.make("dot", attr=(record.seq, a.id, (*batch, row, inner), b.id, (*batch, inner, column), inner), kind="float")
         if not first:
             return node
-        alpha, beta = (pointwise.scalar(record.kwargs.get(n, 1)) for n in ("alpha", "beta"))
-        scaled = apply("mul", node, pointwise.to_float(alpha)) if alpha.attr != 1 else node
+        alpha, beta = (kinds.scalar(record.kwargs.get(n, 1)) for n in ("alpha", "beta"))
+        scaled = apply("mul", node, kinds.to_float(alpha)) if alpha.attr != 1 else node
         if beta.op == "const" and beta.attr == 0:
             return scaled  # torch does not read the addend then
         addend = self.arg(record.args[0], record, index)
         if beta.attr != 1:
-            addend = apply("mul", addend, pointwise.to_float(beta))
+            addend = apply("mul", addend, kinds.to_float(beta))
         return apply("add", addend, scaled)
 
     def substitute(self, node: Node, replace: dict[sympy.Symbol, sympy.Expr]) -> Node:

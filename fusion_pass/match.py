@@ -17,7 +17,8 @@ import sympy
 import torch
 from fusion_kernels.program import Node, postorder
 
-from .describe import PRODUCTS, Describer
+from .anchors import Anchor, reaches_product, readers
+from .describe import Describer
 from .indexing import Axes, expr_of, same
 from .layout import Step, linear_terms, view_steps
 from .normal import as_softmax
@@ -25,18 +26,7 @@ from .shadow import Record, Shadow, Value
 from .site import Reason, Refused
 from .views import COPIES, VIEWS, source_index
 
-__all__ = ["Anchor", "Factor", "Match", "find_anchors", "match"]
-
-MAX_REACH = 400  # calls between a softmax and its product with values
-
-
-@dataclass(frozen=True)
-class Anchor:
-    """A softmax (or the sum of a hand-written one) and the product that it reaches."""
-
-    record: Record  # the softmax
-    product: Record  # bmm or mm with the probabilities as one factor
-    side: int  # 0: probabilities @ values, 1: values^T @ probabilities^T
+__all__ = ["Factor", "Match", "match"]
 
 
 @dataclass
@@ -72,42 +62,19 @@ class Match:
     walked: set[Value] = field(default_factory=set)  # every value between the factors and the output
 
 
-def find_anchors(shadow: Shadow) -> list[Anchor]:
-    """Every softmax whose result, at its full size, reaches a product."""
-    users = _users(shadow)
-    anchors = []
-    for record in shadow.records:
-        if not _is_softmax(record):
-            continue
-        start = record.outputs[0] if record.op.endswith("_softmax.default") else record.args[0]
-        found = _reach(users, start)
-        if found is not None:
-            anchors.append(Anchor(record, *found))
-    taken: set[tuple[int, int]] = set()
-    return [a for a in anchors if (a.product.seq, a.side) not in taken and not taken.add((a.product.seq, a.side))]
+def match(shadow: Shadow, anchor: Anchor) -> Match:
+    """Describe the site of `anchor`.
 
-
-def _users(shadow: Shadow) -> dict[Value, list[Record | Value]]:
-    """Who reads a value; a write through an alias makes the new value a reader of the old one."""
-    users: dict[Value, list[Record | Value]] = {}
-    for record in shadow.records:
-        for value in record.inputs():
-            users.setdefault(value, []).append(record)
-    for value in shadow.values:
-        if value.before is not None:
-            users.setdefault(value.before, []).append(value)
-    return users
-
-
-def _is_softmax(record: Record) -> bool:
-    if record.op in ("_softmax.default", "_safe_softmax.default"):
-        return True
-    if record.op in ("_log_softmax.default", "logsumexp.default"):
-        return True
-    if record.op != "sum.dim_IntList" or not isinstance(record.args[0], Value):
-        return False
-    source = record.args[0].record
-    return source is not None and source.op == "exp.default"
+    Raises:
+        Refused: it is no attention, or not one that can be described exactly.
+    """
+    splits: dict[str, list[sympy.Expr]] = {}
+    for _ in range(4):  # each round may find that a merged batch axis has to be split further
+        result = _Matcher(shadow, anchor, splits).run()
+        if isinstance(result, Match):
+            return result
+        splits = result
+    raise Refused(Reason.LAYOUT, "batch and head dims that are merged and split in ways that do not nest")
 
 
 def _noise(node: Node) -> tuple[float, Node] | None:
@@ -127,44 +94,6 @@ def _noise(node: Node) -> tuple[float, Node] | None:
 def _written(value: Value) -> bool:
     """Whether the value was left by a write that no rule describes (through a view, or by index)."""
     return value.before is not None or (value.record is not None and value.record.mutates)
-
-
-def _reach(users: dict[Value, list[Record | Value]], start: Value) -> tuple[Record, int] | None:
-    """The first product that reads a value of the size of `start` made from it."""
-    size = sympy.expand(sympy.Mul(*map(expr_of, start.shape)))
-    todo, seen = [start], {start}
-    while todo and len(seen) < MAX_REACH:
-        value = todo.pop(0)
-        for record in users.get(value, ()):
-            if isinstance(record, Value):
-                todo.append(record)
-                seen.add(record)
-                continue
-            if record.op in PRODUCTS:
-                first = PRODUCTS[record.op]
-                if value in record.args[first : first + 2]:
-                    return record, record.args[first : first + 2].index(value)
-                continue
-            for out in record.outputs:
-                if out not in seen and same(sympy.Mul(*map(expr_of, out.shape)), size):
-                    seen.add(out)
-                    todo.append(out)
-    return None
-
-
-def match(shadow: Shadow, anchor: Anchor) -> Match:
-    """Describe the site of `anchor`.
-
-    Raises:
-        Refused: it is no attention, or not one that can be described exactly.
-    """
-    splits: dict[str, list[sympy.Expr]] = {}
-    for _ in range(4):  # each round may find that a merged batch axis has to be split further
-        result = _Matcher(shadow, anchor, splits).run()
-        if isinstance(result, Match):
-            return result
-        splits = result
-    raise Refused(Reason.LAYOUT, "batch and head dims that are merged and split in ways that do not nest")
 
 
 class _Matcher:
@@ -369,7 +298,7 @@ class _Matcher:
                 break
             position = found.attr[1]  # pyright: ignore
             if position != key and not (position == 0 and self.axes.sizes[key] == 1):
-                if _reach(_users(self.shadow), self.anchor.product.outputs[0]) is not None:
+                if reaches_product(readers(self.shadow), self.anchor.product.outputs[0]) is not None:
                     raise Refused(
                         Reason.PROBABILITIES_EDITED, "a product mixes them over another dim first", "softmax, then the values"
                     )

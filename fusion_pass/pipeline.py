@@ -14,9 +14,10 @@ import torch.fx
 from fusion_kernels.op import kernel_for
 
 from . import config, legality
+from .anchors import Anchor, find_anchors
 from .formula import formula, mask_facts
 from .inline import OPENED, copy_graph, inline
-from .match import Anchor, Factor, Match, find_anchors, match
+from .match import Factor, Match, match
 from .rewrite import Splicer
 from .scores import Number, Scores, scores
 from .shadow import Value, meta_value, trace
@@ -98,6 +99,7 @@ class _Run:
         self.gm, self.when, self.graph, self.first, self.closed = gm, when, graph, first, closed
         self.shadow = trace(gm, body)
         self.splicer = Splicer(gm, self.shadow)
+        self.matches: dict[Anchor, Match] = {}
 
     def run(self, may_open: bool) -> tuple[list[Site], torch.fx.Graph | None, dict[str, Verdict]]:
         """The sites; or a copy of the graph from before composite calls were opened; and the calls that were refused."""
@@ -123,11 +125,17 @@ class _Run:
             if node.name in self.closed or len(self.shadow.by_node[node]) < 2:
                 continue
             try:
-                if match(self.shadow, anchor).output.node is None:
+                if self._match(anchor).output.node is None:
                     found[node] = None
             except Refused:
                 continue
         return list(found)
+
+    def _match(self, anchor: Anchor) -> Match:
+        """The match of an anchor, made once: nothing that it holds changes when other sites are spliced."""
+        if anchor not in self.matches:
+            self.matches[anchor] = match(self.shadow, anchor)
+        return self.matches[anchor]
 
     def _site(self, index: int, anchor: Anchor) -> Site:
         source, code = _source(anchor.record.node)
@@ -135,7 +143,7 @@ class _Run:
         if anchor.product.node.name in self.closed:
             return Site(index, self.graph, source, code, anchor.record.node.name, self.closed[anchor.product.node.name])
         try:
-            found = match(self.shadow, anchor)
+            found = self._match(anchor)
             score = scores(found)
             attention = self._describe(found, score)
             kernel = self._decide(found, score, attention)

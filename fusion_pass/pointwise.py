@@ -15,121 +15,23 @@ import torch
 from fusion_kernels.program import Node, apply, const
 
 from .indexing import expr_of
+from .kinds import cast, power, promote, scalar, sym, to_bool, to_float, to_int
 from .shadow import Record, Value
 
 if TYPE_CHECKING:
     from .describe import Describer
 
-__all__ = ["RULES", "cast", "scalar", "sym", "to_float"]
+__all__ = ["RULES"]
 
 Rule = Callable[["Describer", Record, Any, Value], "Node | None"]
-
-
-def sym(expr: Any) -> Node:
-    """An integer expression over axes as a node; plain numbers are constants."""
-    expr = sympy.expand(expr)
-    return const(int(expr)) if expr.is_Integer else Node.make("sym", attr=expr, kind="int")
-
-
-# ---------------------------------------------------------------- kinds
-
-
-def to_float(x: Node) -> Node:
-    if x.kind == "float":
-        return x
-    return const(float(x.attr)) if x.op == "const" else apply("to_float", x)  # pyright: ignore
-
-
-def to_int(x: Node) -> Node:
-    if x.kind == "int":
-        return x
-    return const(int(x.attr)) if x.op == "const" and x.kind == "bool" else apply("to_int", x)  # pyright: ignore
-
-
-def to_bool(x: Node) -> Node:
-    return x if x.kind == "bool" else apply("to_bool", x)
-
-
-def cast(x: Node, dtype: torch.dtype, rounds: bool = True) -> Node:
-    """`x` as a value of `dtype`. Scores are not rounded to 16 bits (they only get closer to float64); masks are, for a
-    mask of -1e9 is -inf in fp16 and that decides what a fully masked row gives."""
-    if dtype == torch.bool:
-        return to_bool(x)
-    if not dtype.is_floating_point:
-        return to_int(x)
-    x = to_float(x)
-    if not rounds or dtype not in (torch.float16, torch.bfloat16):
-        return x
-    return _rounded(x, "round_float16" if dtype == torch.float16 else "round_bfloat16")
-
-
-def _rounded(x: Node, op: str) -> Node:
-    if x.op == op or x.op == "value" or (x.op == "to_float" and x.args[0].kind == "bool"):
-        return x  # a loaded tensor of that dtype is exact; a wider one was cast by a call of its own, see _to_copy
-    if x.op == "where":
-        return apply("where", x.args[0], _rounded(x.args[1], op), _rounded(x.args[2], op))
-    if x.op == "neg":
-        return apply("neg", _rounded(x.args[0], op))
-    return apply(op, x)
-
-
-def scalar(x: Any) -> Node:
-    """A Python or symbolic number as a node."""
-    if isinstance(x, torch.SymInt):
-        return sym(expr_of(x))
-    if isinstance(x, torch.SymFloat):
-        return _float_expr(sympy.sympify(x.node.expr))
-    if isinstance(x, torch.SymBool):
-        raise NotImplementedError("a symbolic truth value in a score")
-    return const(x)
-
-
-# SymFloat expressions by the names torch gives their functions
-_FLOAT_FUNCTIONS = {
-    "OpaqueUnaryFn_sqrt": "sqrt",
-    "OpaqueUnaryFn_exp": "exp",
-    "OpaqueUnaryFn_log": "log",
-    "OpaqueUnaryFn_tanh": "tanh",
-}
-
-
-def _float_expr(expr: sympy.Expr) -> Node:
-    if expr.is_number:
-        return const(float(expr))
-    if expr.is_Symbol and not expr.is_integer:
-        return Node.make("number", attr=expr, kind="float")
-    name = type(expr).__name__
-    if expr.is_integer and not expr.has(sympy.Float):
-        return to_float(sym(expr))
-    if name == "ToFloat":
-        return to_float(sym(expr.args[0]))
-    args = [_float_expr(a) for a in expr.args]  # pyright: ignore
-    if name in _FLOAT_FUNCTIONS:
-        return apply(_FLOAT_FUNCTIONS[name], *args)
-    if name in ("FloatTrueDiv", "IntTrueDiv"):
-        return apply("div", *args)
-    if name in ("FloatPow", "Pow"):
-        return _power(args[0], args[1])
-    if expr.is_Mul or expr.is_Add:
-        result = args[0]
-        for a in args[1:]:
-            result = apply("mul" if expr.is_Mul else "add", result, a)
-        return result
-    return Node.make("number", attr=expr, kind="float")  # read at run time
 
 
 # ---------------------------------------------------------------- arithmetic
 
 
-def _promote(*xs: Node) -> tuple[Node, ...]:
-    if any(x.kind == "float" for x in xs):
-        return tuple(map(to_float, xs))
-    return tuple(map(to_int, xs))
-
-
 def _binary(op: str, a: Node, b: Node) -> Node:
     """add, sub, mul, maximum, minimum with torch's promotion; integers over axes stay one sympy expression."""
-    a, b = _promote(a, b)
+    a, b = promote(a, b)
     if a.kind == "int" and {a.op, b.op} <= {"sym", "const"} and op in _INT:
         return sym(_INT[op](*(x.attr if x.op == "sym" else sympy.Integer(x.attr) for x in (a, b))))  # pyright: ignore
     return apply(op, a, b)
@@ -180,18 +82,6 @@ def _division(op: str) -> Rule:
     return lambda d, record, index, value: _integer_division(op, *_args(d, record, index, 2))
 
 
-def _power(a: Node, b: Node) -> Node:
-    a, b = to_float(a), to_float(b)
-    named: dict[object, Callable[[], Node]] = {
-        2.0: lambda: apply("mul", a, a),
-        1.0: lambda: a,
-        0.5: lambda: apply("sqrt", a),
-        -0.5: lambda: apply("rsqrt", a),
-        -1.0: lambda: apply("div", const(1.0), a),
-    }
-    return named[b.attr]() if b.op == "const" and b.attr in named else apply("pow", a, b)
-
-
 def _unary(op: str) -> Rule:
     def rule(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
         (a,) = _args(d, record, index, 1)
@@ -230,7 +120,7 @@ def _compare(op: str) -> Rule:
             flag, other = (a, b) if a.kind == "bool" else (b, a)
             if op in ("eq", "ne") and other.op == "const" and other.attr in (0, 1):
                 return flag if (op == "eq") == bool(other.attr) else apply("not", flag)
-        a, b = _promote(a, b)
+        a, b = promote(a, b)
         ia, ib = _integral(a), _integral(b)
         if ia is not None and ib is not None:
             a, b = ia, ib
@@ -254,7 +144,7 @@ def _logic(op: str) -> Rule:
 
 def _select(condition: Node, a: Node, b: Node) -> Node:
     if a.kind != b.kind:
-        a, b = _promote(a, b)
+        a, b = promote(a, b)
     return apply("where", to_bool(condition), a, b)
 
 
@@ -269,10 +159,10 @@ def _masked_fill(d: Describer, record: Record, index: Any, value: Value) -> Node
 
 def _clamped(x: Node, low: Node | None, high: Node | None) -> Node:
     """where-forms with the gradient of torch's clamp: 1 inside the closed interval, 0 outside and at NaN."""
-    inner = x if high is None else apply("where", apply("gt", *_promote(x, high)), *_promote(high, x))
+    inner = x if high is None else apply("where", apply("gt", *promote(x, high)), *promote(high, x))
     if low is not None:
-        x, low = _promote(x, low)
-        inner = apply("where", apply("lt", x, low), *_promote(low, inner))
+        x, low = promote(x, low)
+        inner = apply("where", apply("lt", x, low), *promote(low, inner))
     return inner if x.kind == "int" else apply("where", apply("isnan", to_float(x)), const(math.nan), to_float(inner))
 
 
@@ -455,9 +345,9 @@ RULES: dict[str, Rule] = {
     "true_divide": _div,
     "floor_divide": _division("floordiv"),
     "remainder": _division("mod"),
-    "pow.Tensor_Scalar": lambda d, r, i, v: _power(*_args(d, r, i, 2)),
-    "pow.Tensor_Tensor": lambda d, r, i, v: _power(*_args(d, r, i, 2)),
-    "pow.Scalar": lambda d, r, i, v: _power(*_args(d, r, i, 2)),
+    "pow.Tensor_Scalar": lambda d, r, i, v: power(*_args(d, r, i, 2)),
+    "pow.Tensor_Tensor": lambda d, r, i, v: power(*_args(d, r, i, 2)),
+    "pow.Scalar": lambda d, r, i, v: power(*_args(d, r, i, 2)),
     "maximum": lambda d, r, i, v: _binary("maximum", *_args(d, r, i, 2)),
     "minimum": lambda d, r, i, v: _binary("minimum", *_args(d, r, i, 2)),
     "neg": _neg,

@@ -1,0 +1,92 @@
+"""Anchors: which softmaxes of a graph may be attention, before anything is described.
+
+A softmax is one if its result, at its full size and through any calls, reaches a product of matrices.  What the calls between
+them do is for `match` to judge; here a softmax only must not be overlooked.
+"""
+
+# sympy is not typed
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportReturnType=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalOperand=false
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+
+from .describe import PRODUCTS
+from .indexing import expr_of, same
+from .shadow import Record, Shadow, Value
+
+__all__ = ["Anchor", "find_anchors", "reaches_product", "readers"]
+
+MAX_REACH = 400  # calls between a softmax and its product with values
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A softmax (or the sum of a hand-written one) and the product that it reaches."""
+
+    record: Record  # the softmax
+    product: Record  # bmm or mm with the probabilities as one factor
+    side: int  # 0: probabilities @ values, 1: values^T @ probabilities^T
+
+
+def find_anchors(shadow: Shadow) -> list[Anchor]:
+    """Every softmax whose result, at its full size, reaches a product."""
+    users = readers(shadow)
+    anchors = []
+    for record in shadow.records:
+        if not _is_softmax(record):
+            continue
+        start = record.outputs[0] if record.op.endswith("_softmax.default") else record.args[0]
+        found = reaches_product(users, start)
+        if found is not None:
+            anchors.append(Anchor(record, *found))
+    taken: set[tuple[int, int]] = set()
+    return [a for a in anchors if (a.product.seq, a.side) not in taken and not taken.add((a.product.seq, a.side))]
+
+
+def readers(shadow: Shadow) -> dict[Value, list[Record | Value]]:
+    """Who reads a value; a write through an alias makes the new value a reader of the old one."""
+    users: dict[Value, list[Record | Value]] = {}
+    for record in shadow.records:
+        for value in record.inputs():
+            users.setdefault(value, []).append(record)
+    for value in shadow.values:
+        if value.before is not None:
+            users.setdefault(value.before, []).append(value)
+    return users
+
+
+def _is_softmax(record: Record) -> bool:
+    if record.op in ("_softmax.default", "_safe_softmax.default"):
+        return True
+    if record.op in ("_log_softmax.default", "logsumexp.default"):
+        return True
+    if record.op != "sum.dim_IntList" or not isinstance(record.args[0], Value):
+        return False
+    source = record.args[0].record
+    return source is not None and source.op == "exp.default"
+
+
+def reaches_product(users: dict[Value, list[Record | Value]], start: Value) -> tuple[Record, int] | None:
+    """The first product that reads a value of the size of `start` made from it."""
+    size = sympy.expand(sympy.Mul(*map(expr_of, start.shape)))
+    todo, seen = [start], {start}
+    while todo and len(seen) < MAX_REACH:
+        value = todo.pop(0)
+        for record in users.get(value, ()):
+            if isinstance(record, Value):
+                todo.append(record)
+                seen.add(record)
+                continue
+            if record.op in PRODUCTS:
+                first = PRODUCTS[record.op]
+                if value in record.args[first : first + 2]:
+                    return record, record.args[first : first + 2].index(value)
+                continue
+            for out in record.outputs:
+                if out not in seen and same(sympy.Mul(*map(expr_of, out.shape)), size):
+                    seen.add(out)
+                    todo.append(out)
+    return None
