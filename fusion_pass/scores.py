@@ -97,12 +97,19 @@ class _Writer:
         return p.param(self.params.index(expr))
 
     def _descendants(self) -> set[Value]:
-        """Values made from the product of queries and keys: none of them may be loaded."""
+        """Values made from the product of queries and keys: none of them may be loaded.
+
+        Nor those of calls that merely take the scores, as ``bias.expand_as(scores)`` does: they would keep the scores alive.
+        """
         shadow = self.m.describer.shadow
-        first = self.m.dot.attr[0]  # pyright: ignore
-        found = {v for r in shadow.records if r.seq == first for v in r.outputs}
+        first = next(r for r in shadow.records if r.seq == self.m.dot.attr[0])  # pyright: ignore
+        nodes = {first.node}
+        for node in shadow.graph.nodes:
+            if any(i in nodes for i in node.all_input_nodes):
+                nodes.add(node)
+        found = set(first.outputs)
         for record in shadow.records:
-            if record.seq > first and any(v in found for v in record.inputs()):
+            if record.seq > first.seq and (record.node in nodes or any(v in found for v in record.inputs())):
                 found.update(record.outputs)
         return found
 
