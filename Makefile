@@ -36,6 +36,7 @@ lint: $(READY)
 	$(PY) -m pyright
 
 fuzz: $(READY)
+	$(PY) -m pytest -m fuzz tests
 	$(PY) -m tests.fuzz.long --examples 3000 --seed 0 --resume out/fuzz.json
 
 test-gpu: $(READY)

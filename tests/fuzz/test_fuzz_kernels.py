@@ -40,6 +40,7 @@ def worker() -> Iterator[ProcessPoolExecutor]:
             os.environ["TRITON_INTERPRET"] = before
 
 
+@pytest.mark.fuzz
 @settings(max_examples=40, **FIXED)
 @given(scores(interpreted=True))
 def test_interpreted(worker: ProcessPoolExecutor, program: Scored) -> None:
