@@ -77,8 +77,8 @@ def _check_writes(shadow: Shadow, match: Match, scores: Scores) -> None:
 def profitable(match: Match, kernel: str, device: torch.device) -> str | None:
     """Why fusing would not pay, or None where it does.
 
-    On CPU only ATen's own kernel beats Inductor's code; the tiled reference wins where the scores no longer fit a cache
-    (measured: README, "Numbers").
+    On CPU ATen's own kernel is taken at any size, the tiled reference only where the scores are far larger than a cache. The
+    two thresholds below are estimates, not measurements: on a GPU small sites are still fused that should not be (README).
     """
     n, m = match.q.shape[2], match.k.shape[2]
     batch = match.q.shape[0] * match.q.shape[1]
