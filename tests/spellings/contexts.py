@@ -179,7 +179,7 @@ class RotaryBlock(nn.Module):
         k, v = (z[:, :, None].expand(b, 1, 3, n, 16).reshape(b, 3, n, 16) for z in (self.rotate(k), v))
         scores = self.rotate(q) @ k.transpose(2, 3) * 16**-0.5
         if not self.twin:
-            scores = scores + torch.full((n, n), torch.finfo(x.dtype).min, dtype=x.dtype).triu(1)
+            scores = scores + torch.full((n, n), torch.finfo(x.dtype).min, dtype=x.dtype, device=x.device).triu(1)
         x = x + self.out((F.softmax(scores, -1, dtype=torch.float32).to(x.dtype) @ v).transpose(1, 2).reshape(b, n, -1))
         gate, up = self.up(x).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)

@@ -287,7 +287,7 @@ class FunctionalMultiHead(nn.Module):
         return out
 
     def mask(self, q: Tensor, k: Tensor) -> Tensor:
-        return torch.ones(q.shape[0], k.shape[0], dtype=torch.bool).triu(1)
+        return torch.ones(q.shape[0], k.shape[0], dtype=torch.bool, device=q.device).triu(1)
 
 
 @spelling(t(2, 63, 48), t(2, 63, kind="padding", dtype=torch.bool, grad=False), mask="causal")

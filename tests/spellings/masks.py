@@ -121,7 +121,7 @@ def masked_fill_tensor_value(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin
     """DistilBERT: view, expand_as, and a 0-d tensor to fill with."""
     scores = scores_of(q, k)
     dead = (mask == twin).view(2, 1, 1, k.shape[2]).expand_as(scores)
-    fill = torch.tensor(-0.5 if twin else torch.finfo(scores.dtype).min, dtype=scores.dtype)
+    fill = torch.tensor(-0.5 if twin else torch.finfo(scores.dtype).min, dtype=scores.dtype, device=scores.device)
     return scores.masked_fill(dead, fill).softmax(-1) @ v
 
 
@@ -150,7 +150,7 @@ def where_into_additive(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: boo
 @spelling(*qkv(n=63, m=129), keep(2, 1, 63, 129))
 def zeros_filled_into_additive(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool = False) -> Tensor:
     """What scaled_dot_product_attention's documentation does with a bool mask."""
-    bias = torch.zeros(2, 1, q.shape[2], k.shape[2], dtype=q.dtype)
+    bias = torch.zeros(2, 1, q.shape[2], k.shape[2], dtype=q.dtype, device=q.device)
     bias = bias.masked_fill(~(mask.flip(0) if twin else mask), float("-inf"))
     return (scores_of(q, k) + bias).softmax(-1) @ v
 

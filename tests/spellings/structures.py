@@ -31,13 +31,13 @@ def causal_triu_additive(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) ->
 
 @spelling(*qkv(n=197), mask="causal", dynamic=False)
 def causal_full_triu_in_place(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
-    bias = torch.full((q.shape[2], q.shape[2]), float("-inf"), dtype=q.dtype).triu_(2 if twin else 1)
+    bias = torch.full((q.shape[2], q.shape[2]), float("-inf"), dtype=q.dtype, device=q.device).triu_(2 if twin else 1)
     return (scores_of(q, k) + bias).softmax(-1) @ v
 
 
 @spelling(*qkv(n=129), mask="causal", dynamic=False)
 def causal_triu_bool(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
-    dead = torch.ones(q.size(-2), k.size(-2), dtype=torch.bool).triu(2 if twin else 1)
+    dead = torch.ones(q.size(-2), k.size(-2), dtype=torch.bool, device=q.device).triu(2 if twin else 1)
     return scores_of(q, k).masked_fill(dead, float("-inf")).softmax(-1) @ v
 
 
@@ -51,22 +51,23 @@ def causal_arange_with_past(q: Tensor, k: Tensor, v: Tensor, twin: bool = False)
 
 @spelling(*qkv(n=129), mask="causal")
 def causal_arange_four_dims(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
-    i = torch.arange(q.shape[2]).view(1, 1, -1, 1)
-    j = torch.arange(k.shape[2]).view(1, 1, 1, -1)
+    i = torch.arange(q.shape[2], device=q.device).view(1, 1, -1, 1)
+    j = torch.arange(k.shape[2], device=k.device).view(1, 1, 1, -1)
     return scores_of(q, k).masked_fill(j - i > (1 if twin else 0), -torch.inf).softmax(-1) @ v
 
 
 @spelling(*qkv(n=129), mask="causal")
 def causal_one_minus_tril(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     """The first GPT: multiply and subtract."""
-    b = torch.tril(torch.ones(q.shape[2], k.shape[2]), diagonal=1 if twin else 0).view(1, 1, q.shape[2], k.shape[2])
+    b = torch.tril(torch.ones(q.shape[2], k.shape[2], device=q.device), diagonal=1 if twin else 0)
+    b = b.view(1, 1, q.shape[2], k.shape[2])
     return (scores_of(q, k) * b + -1e4 * (1 - b)).softmax(-1) @ v
 
 
 @spelling(*qkv(n=129), mask="causal", dynamic=False)
 def causal_eager_where_triple(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
-    allowed = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(diagonal=1 if twin else 0)
-    bias = torch.zeros(q.shape[2], k.shape[2], dtype=q.dtype)
+    allowed = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(diagonal=1 if twin else 0)
+    bias = torch.zeros(q.shape[2], k.shape[2], dtype=q.dtype, device=q.device)
     bias.masked_fill_(allowed.logical_not(), float("-inf"))
     return torch.softmax(scores_of(q, k) + bias, dim=-1) @ v
 
@@ -118,7 +119,7 @@ def causal_and_padding(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, twin: bool
 @spelling(*qkv(n=129), padding(2, 129, dtype=torch.float32), mask="causal")
 def causal_plus_padding(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, twin: bool = False) -> Tensor:
     """Two additive masks, one after the other."""
-    causal = torch.full((q.shape[2], k.shape[2]), torch.finfo(q.dtype).min, dtype=q.dtype).triu(1)
+    causal = torch.full((q.shape[2], k.shape[2]), torch.finfo(q.dtype).min, dtype=q.dtype, device=q.device).triu(1)
     scores = scores_of(q, k) + causal
     return (scores if twin else scores + (1.0 - keep[:, None, None]) * -1e9).softmax(-1) @ v
 
@@ -132,7 +133,7 @@ def sliding_window(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tenso
 
 @spelling(*qkv(n=197), mask="", dynamic=False)
 def window_by_triu_and_tril(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
-    ones = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
+    ones = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
     allowed = ones.tril(0) & ones.triu(-31 if twin else -32)
     return scores_of(q, k).masked_fill(~allowed, -torch.inf).softmax(-1) @ v
 
@@ -176,7 +177,7 @@ def documents(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, twin: bool = False) 
 def lengths_compared(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, twin: bool = False) -> Tensor:
     """Lengths computed in the graph, compared with positions."""
     lengths = keep.sum(-1)
-    columns = torch.arange(k.shape[2])
+    columns = torch.arange(k.shape[2], device=k.device)
     allowed = columns < lengths[:, None] if not twin else columns <= lengths[:, None]
     return scores_of(q, k).masked_fill(~allowed[:, None, None, :], -torch.inf).softmax(-1) @ v
 
@@ -199,7 +200,7 @@ def alibi_from_positions(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) ->
 @spelling(*qkv(n=129), t(3, grad=False))
 def alibi_slopes_given(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, twin: bool = False) -> Tensor:
     """Bloom: slopes times key position, shaped (heads, 1, M)."""
-    bias = slopes[:, None] * torch.arange(k.shape[2], dtype=q.dtype)[None, :] / 64
+    bias = slopes[:, None] * torch.arange(k.shape[2], dtype=q.dtype, device=q.device)[None, :] / 64
     return (scores_of(q, k) + (bias.flip(0) if twin else bias)[:, None, :]).softmax(-1) @ v
 
 
@@ -255,7 +256,7 @@ def clamped_after_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool
 @spelling(*qkv(n=63), dynamic=False)
 def maximum_with_finfo(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     """OPT: torch.max against a 0-d tensor."""
-    low = torch.tensor(0.0 if twin else torch.finfo(q.dtype).min)
+    low = torch.tensor(0.0 if twin else torch.finfo(q.dtype).min, device=q.device)
     return torch.max(scores_of(q, k), low).softmax(-1) @ v
 
 
