@@ -110,6 +110,7 @@ class Parts:
     full: codegen.Phase
     kv_bounds: Any
     q_bounds: Any
+    key_mask: Any  # what `key_ranges` has to ask before the bounds can be called, or None
     fill: float  # of what the bounds skip
 
     @property
@@ -123,12 +124,14 @@ class Parts:
 
 
 @lru_cache(maxsize=1024)
-def parts(program: Program, wrt: tuple[int, ...], fast_bfloat16: bool) -> Parts:
+def parts(program: Program, wrt: tuple[int, ...], fast_bfloat16: bool, keys: bool = False) -> Parts:
+    """keys: whether to skip the keys that tensors hide from every query (padding)."""
     masked = codegen.phase(program, wrt, fast_bfloat16)
-    kv_bounds, q_bounds = codegen.bounds(program, "k"), codegen.bounds(program, "q")
+    kv_bounds, q_bounds = codegen.bounds(program, "k", keys), codegen.bounds(program, "q", keys)
     if kv_bounds is None and q_bounds is None:
-        return Parts(masked, masked, None, None, -math.inf)
-    return Parts(masked, codegen.phase(tiles.full_program(program), wrt, fast_bfloat16), kv_bounds, q_bounds, tiles.fill(program))
+        return Parts(masked, masked, None, None, None, -math.inf)
+    full = codegen.phase(tiles.full_program(program, keys), wrt, fast_bfloat16)
+    return Parts(masked, full, kv_bounds, q_bounds, codegen.key_mask(program) if keys else None, tiles.fill(program, keys))
 
 
 def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -33,6 +33,7 @@ from .backward_kernels import dkdv_tiles, dq_tiles
 from .backward_rows import deep_rows, delta_rows
 from .backward_table import table_tiles
 from .dropout import keep_scale, threshold
+from .key_ranges import KeyRanges
 from .launch import Launch, Plans, number, signature
 from .program import Program
 
@@ -56,6 +57,7 @@ class _Plan:
     dq: Launch
     dq_tma: tuple[Blocks, Blocks] | None
     tables: list[tuple[int, Launch]]
+    ranges: KeyRanges | None  # asks which keys padding hides
 
 
 _plans: dict[Any, _Plan] = Plans()
@@ -114,6 +116,8 @@ def _run(
     seed: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor,
     dcaptures: Sequence[torch.Tensor | None],
 ) -> None:  # fmt: skip
+    if plan.ranges is not None:
+        aux = plan.ranges(aux, lse.device)
     delta = torch.empty_like(lse)
     flags = torch.zeros(lse.shape[:2], dtype=torch.int32, device=lse.device) if plan.flags else None
     plan.delta(do, out, lse, delta, flags)
@@ -141,7 +145,7 @@ def _plan(
     B, H, N, D = q.shape
     kv_heads, M, DV = k.shape[1], k.shape[2], v.shape[3]
     wrt = tuple(i for i, need in enumerate(needs) if need and program.captures[i].kind == "float")
-    found = parts(program, wrt, q.dtype == torch.bfloat16)
+    found = parts(program, wrt, q.dtype == torch.bfloat16, M >= configs.FEW_KEYS)
     masked = found.masked
     (D0, D1), (V0, V1) = split(D, q.dtype), split(DV, q.dtype)
     whole = D1 == 0 and V1 == 0
@@ -214,4 +218,5 @@ def _plan(
             table.gradient, table.all_b, table.all_h, dropout_p > 0, align, *dims, tile.block_m, tile.block_n, mode,
         )  # fmt: skip
         tables.append((table.capture, Launch(table_tiles, grid, constants, tile.warps, tile.stages)))
-    return _Plan(program, wrt, flags, delta, deep, dkdv, dkdv_tma, dq_launch, dq_tma, tables)
+    ranges = KeyRanges(program, found.key_mask, (B, H, N, M)) if found.key_mask is not None else None
+    return _Plan(program, wrt, flags, delta, deep, dkdv, dkdv_tma, dq_launch, dq_tma, tables, ranges)

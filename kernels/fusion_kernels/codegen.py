@@ -7,10 +7,11 @@ Gluon, and in Triton's interpreter:
     dscore(s, grad, b, h, q, k, q_ok, k_ok, sizes, aux)      -> d(loss)/d(s), given grad = d(loss)/d(x)
     captures(s, grad, ..., aux, daux)                        -> adds d(loss)/d(captures) to the buffers of daux
     bounds(q0, q1, b, h, sizes, aux)                         -> the four ends of `tiles.Bounds`; (k0, k1, ...) for query ranges
+    key_mask(b, h, k, k_ok, sizes, aux)                      -> `tiles.key_mask`, a bool the shape of k
 
 q and k are int32 indices that broadcast against s ((BLOCK_M, 1) and (1, BLOCK_N), or transposed), q_ok and k_ok say which
 of them are inside the tensors (or are the constexpr True), sizes is (B, H, N, M), and aux holds the integer parameters and
-then, for each capture, its pointer and its strides. An expression is computed at the shape of what it reads: a value that
+then, for each capture, its pointer and its strides (and last, for bounds alone, what `key_ranges` found). An expression is computed at the shape of what it reads: a value that
 depends on the row alone costs one operation a row.
 
 The source is registered in `linecache` under a hash of itself, because Triton reads the source of what it compiles.
@@ -26,10 +27,10 @@ from typing import Any
 
 from . import tiles
 from .derivative import vjp
-from .program import Node, Program, apply, const, rebuild
+from .program import Node, Program, apply, const, rebuild, size
 from .source import Writer, axes, function, index_axes
 
-__all__ = ["Phase", "Table", "aux_arguments", "bounds", "gradient_arguments", "phase"]
+__all__ = ["Phase", "Table", "aux_arguments", "bounds", "gradient_arguments", "key_mask", "phase"]
 
 # ---------------------------------------------------------------- float expressions, as kernels want them
 
@@ -225,17 +226,41 @@ def _plain_indices(node: Node, loads: _Loads) -> str | None:
     return "".join(names) if len(set(names)) == len(names) else None
 
 
+_EVERYTHING = {over: tiles.Bounds(const(0), size(n), const(0), size(n)) for over, n in (("k", "M"), ("q", "N"))}
+
+
 @lru_cache(maxsize=1024)
-def bounds(program: Program, over: str) -> Any:
-    """The device function of `tiles.kv_bounds` (over="k") or `tiles.q_bounds` (over="q"), or None if nothing can be skipped."""
+def bounds(program: Program, over: str, keys: bool = False) -> Any:
+    """The device function of `tiles.kv_bounds` (over="k") or `tiles.q_bounds` (over="q"), or None if nothing can be skipped.
+
+    keys: narrowed by the ranges of live keys, a tensor and two strides at the end of aux (`key_ranges`).
+    """
     found = tiles.kv_bounds(program) if over == "k" else tiles.q_bounds(program)
-    if found is None:
+    keys = keys and tiles.key_mask(program) is not None
+    if found is None and not keys:
         return None
+    found = found or _EVERYTHING[over]
     writer = Writer(program, fast_bfloat16=False)
     names = writer.write(found.lo, found.hi, found.full_lo, found.full_hi)
     result = ", ".join(f"tl.cast({n}, tl.int32)" for n in names)
-    arguments = ("q0, q1" if over == "k" else "k0, k1") + ", b, h, sizes, aux"
-    return function("bounds", arguments, [*writer.lines, f"return {result}"])
+    tile = "q0, q1" if over == "k" else "k0, k1"
+    if keys:
+        first = program.params + sum(1 + c.rank for c in program.captures)  # what aux has before
+        ranges = f"aux[{first}] + b * aux[{first + 1}] + h * aux[{first + 2}]"
+        helper = "keys_inside(" if over == "k" else "queries_of_keys(k0, k1, "
+        result = f"device.{helper}{result}, {ranges})"
+    return function("bounds", f"{tile}, b, h, sizes, aux", [*writer.lines, f"return {result}"])
+
+
+@lru_cache(maxsize=1024)
+def key_mask(program: Program) -> Any:
+    """The device function of `tiles.key_mask`, or None: no tensor decides about whole keys."""
+    alive = tiles.key_mask(program)
+    if alive is None:
+        return None
+    writer = Writer(program, fast_bfloat16=False)
+    (name,) = writer.write(alive)
+    return function("key_mask", "b, h, k, k_ok, sizes, aux", [*writer.lines, f"return {name}"])
 
 
 # ---------------------------------------------------------------- what the functions are called with

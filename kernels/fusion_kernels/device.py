@@ -12,8 +12,10 @@ __all__ = [
     "dot_pair",
     "floor_divide",
     "floor_modulo",
+    "keys_inside",
     "load_rows",
     "probability",
+    "queries_of_keys",
     "store_rows",
     "stream_rows",
     "tile_ranges",
@@ -130,6 +132,22 @@ def tile_ranges(lo, hi, full_lo, full_hi, size, BLOCK: tl.constexpr):
     full_first = tl.minimum(tl.maximum(tl.cdiv(tl.maximum(full_lo, 0), BLOCK), first), last)
     full_last = tl.minimum(tl.maximum(full_hi, 0) // BLOCK, tl.minimum(size // BLOCK, last))
     return first, last, full_first, tl.maximum(full_last, full_first)
+
+
+@triton.jit
+def keys_inside(lo, hi, full_lo, full_hi, ranges):
+    """The key ranges of a query tile, inside what `key_ranges` found of its head."""
+    lo = tl.maximum(lo, tl.load(ranges))
+    hi = tl.minimum(hi, tl.load(ranges + 1))
+    return lo, hi, tl.maximum(full_lo, tl.load(ranges + 2)), tl.minimum(full_hi, tl.load(ranges + 3))
+
+
+@triton.jit
+def queries_of_keys(k0, k1, lo, hi, full_lo, full_hi, ranges):
+    """The query ranges of the keys k0 to k1: none where they all are dead, none in full where one may be."""
+    reached = (k1 >= tl.load(ranges)) & (k0 < tl.load(ranges + 1))
+    alive = (k0 >= tl.load(ranges + 2)) & (k1 < tl.load(ranges + 3))
+    return lo, tl.where(reached, hi, 0), full_lo, tl.where(alive, full_hi, 0)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """The attention forward in portable Triton: one program per (batch, head, tile of queries), an online softmax over key tiles.
 
 The key tiles come in up to three groups, each a loop of its own body or trip count:
-  full     every structural predicate is live and no key is past the end: the score is `full_program`'s, without masks;
+  full     every structural predicate is live and no key is padding or past the end: the score is `full_program`'s;
   masked   the rest of what the mask lets through;
   skipped  only for rows in which nothing finite was met, when the mask's fill is finite (such a row averages over all keys).
 
@@ -26,6 +26,7 @@ from . import codegen, configs
 from .arguments import Blocks, allows_tf32, check, describable, on_device, parts, precision, split, strides, tiles_of, traits
 from .device import LOG2E, dot, dot_pair, load_rows, store_rows, stream_rows, tile_ranges, visited
 from .dropout import keep_scale, keep_tile, threshold
+from .key_ranges import KeyRanges
 from .launch import Launch, Plans, number, signature
 from .program import Program
 
@@ -210,8 +211,11 @@ def attention_forward(
         plan = _plans[key] = _plan(q, k, v, captures, program, dropout_p, out, tile)
     tma = plan.tma
     keys, values = (tma[0].of(k), tma[1].of(v)) if tma else (k, v)
+    aux = codegen.aux_arguments(program, captures, params)
     with on_device(q):
-        plan.launch(q, keys, values, out, lse, seed if dropout_p > 0 else None, codegen.aux_arguments(program, captures, params))
+        if plan.ranges is not None:
+            aux = plan.ranges(aux, q.device)
+        plan.launch(q, keys, values, out, lse, seed if dropout_p > 0 else None, aux)
 
 
 @dataclass(frozen=True)
@@ -219,6 +223,7 @@ class _Plan:
     program: Program  # held, so that the id in the key stays its own
     launch: Launch
     tma: tuple[Blocks, Blocks] | None  # of k and v, where they go through the copy engine
+    ranges: KeyRanges | None  # asks which keys padding hides
 
 
 _plans: dict[Any, _Plan] = Plans()
@@ -231,7 +236,7 @@ def _plan(
     check(q, k, v)
     B, H, N, D = q.shape
     M, DV = k.shape[2], v.shape[3]
-    found = parts(program, (), q.dtype == torch.bfloat16)
+    found = parts(program, (), q.dtype == torch.bfloat16, M >= configs.FEW_KEYS)
     masked = found.masked
     full = found.full if found.kv_bounds is not None else masked
     (D0, D1), (V0, V1) = split(D, q.dtype), split(DV, q.dtype)
@@ -245,4 +250,5 @@ def _plan(
         D, D0, D1, DV, V0, V1, tile.block_m, tile.block_n, precision(q.dtype), tma,
     )  # fmt: skip
     launch = Launch(_forward, tiles_of(N, tile.block_m) * B * H, constants, tile.warps, tile.stages)
-    return _Plan(program, launch, (Blocks(k, tile.block_n, D0), Blocks(v, tile.block_n, V0)) if tma else None)
+    ranges = KeyRanges(program, found.key_mask, (B, H, N, M)) if found.key_mask is not None else None
+    return _Plan(program, launch, (Blocks(k, tile.block_n, D0), Blocks(v, tile.block_n, V0)) if tma else None, ranges)

@@ -2,20 +2,21 @@
 
 Each structural predicate (a comparison of indices, sizes and parameters; no tensor) is replaced by True and by False. Where the
 result folds to a mask constant, the predicate decides. Conjunctions, disjunctions, nested ``where``, added and multiplied
-masks, ``minimum`` of masks are all the same case.
+masks, ``minimum`` of masks are all the same case. So is padding: a predicate of tensors that are read at (b, h, k) decides
+about whole keys. Which keys, only its tensors say (`key_split`, `key_ranges`).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from .program import Node, apply, const, postorder, rebuild
 
-__all__ = ["Split", "split"]
+__all__ = ["Split", "key_split", "split"]
 
 MASK = -1000.0  # a constant at or below this, chosen in place of a score, is a mask
 ABSORBING = -1e30  # a constant at or below this absorbs any score that it is added to
@@ -30,16 +31,22 @@ class Split:
 
 
 def _structural(node: Node) -> bool:
-    return not any(leaf.op in ("score", "load", "grad") for leaf in node.leaves)
+    """Whether `node` is about positions: it reads q or k, and no tensor."""
+    return not any(leaf.op in ("score", "load", "grad") for leaf in node.leaves) and node.depends_on("q", "k")
 
 
-def _predicates(root: Node) -> list[Node]:
-    """The largest structural bool expressions below `root` that read q or k, outermost first, without their negations."""
+def _about_keys(node: Node) -> bool:
+    """Whether `node` is about whole keys, as tensors have it: it reads k and a tensor, neither q nor the score."""
+    return node.depends_on("k") and node.depends_on("load") and not node.depends_on("q", "score", "grad")
+
+
+def _predicates(root: Node, fits: Callable[[Node], bool]) -> list[Node]:
+    """The largest bool expressions below `root` that fit, outermost first, without their negations."""
     found: dict[Node, None] = {}
     stack, seen = [root], {root}
     while stack:
         node = stack.pop()
-        if node.kind == "bool" and node.op not in ("not", "const", "load") and _structural(node) and node.depends_on("q", "k"):
+        if node.kind == "bool" and node.op not in ("not", "const") and fits(node):
             found[node] = None
             continue
         for a in node.args:
@@ -115,12 +122,11 @@ def _not(node: Node) -> Node:
     return apply("not", node)
 
 
-@lru_cache(maxsize=1024)
-def split(root: Node) -> Split | None:
-    """`root` as "dead here, `live` elsewhere"; None if no structural predicate decides."""
+def _alone(root: Node, predicates: Sequence[Node]) -> tuple[Split, list[Node]] | None:
+    """What the predicates decide each by itself (conjunctions), and those that decide nothing; None: one decides both ways."""
     dead, worst, live = FALSE, -math.inf, root
     undecided = []
-    for p in _predicates(root):  # each alone: conjunctions
+    for p in predicates:
         fills = {v: _mask_value(_assume(root, {p: v})) for v in (TRUE, FALSE)}
         kills = [v for v in (TRUE, FALSE) if fills[v] is not None]
         if len(kills) == 2:
@@ -131,7 +137,17 @@ def split(root: Node) -> Split | None:
         dead = apply("or", dead, p if kills[0] is TRUE else _not(p))
         worst = max(worst, fills[kills[0]])  # type: ignore[type-var]
         live = _assume(live, {p: _not(kills[0])})
-    undecided = [p for p in undecided if p in set(postorder(live))]
+    return Split(dead, worst, live), undecided
+
+
+@lru_cache(maxsize=1024)
+def split(root: Node) -> Split | None:
+    """`root` as "dead here, `live` elsewhere"; None if no structural predicate decides."""
+    found = _alone(root, _predicates(root, _structural))
+    if found is None:
+        return None
+    dead, worst, live = found[0].dead, found[0].fill, found[0].live
+    undecided = [p for p in found[1] if p in set(postorder(live))]
     if 2 <= len(undecided) <= 4:  # together: disjunctions spread over several nodes
         alive = set()
         for values in itertools.product((TRUE, FALSE), repeat=len(undecided)):
@@ -148,3 +164,10 @@ def split(root: Node) -> Split | None:
         if len(alive) == 1:
             live = alive.pop()
     return None if dead is FALSE else Split(dead, worst, live)
+
+
+@lru_cache(maxsize=1024)
+def key_split(root: Node) -> Split | None:
+    """`root` as "dead at these keys, `live` at the others", by predicates of tensors alone; None if none decides."""
+    found = _alone(root, _predicates(root, _about_keys))
+    return None if found is None or found[0].dead is FALSE else found[0]
