@@ -132,14 +132,14 @@ def run(
     before = [x.detach().clone() if _is(x) else x for x in given]
     out = fn(*given)
     outputs = [x for x in tree_leaves(out) if _is(x)]
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     parameters = list(fn.parameters()) if isinstance(fn, nn.Module) else []
     sources = [x for x in [*given, *parameters] if _is(x) and x.requires_grad]
     targets = [x for x in outputs if x.requires_grad] if backward else []
     gradients: list[Tensor | None] = []
     if targets and sources:
         cotangents = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in targets]
-        cotangents = [c.bfloat16().to(x.dtype) for c, x in zip(cotangents, targets, strict=True)]  # the same in every dtype
+        cotangents = [c.bfloat16().to(x) for c, x in zip(cotangents, targets, strict=True)]  # the same in every dtype, anywhere
         with watch or contextlib.nullcontext():
             gradients = list(torch.autograd.grad(targets, sources, cotangents, allow_unused=True))
     for x, y in zip(given, before, strict=True):

@@ -14,8 +14,6 @@ import pytest  # noqa: E402 - the variables above come before torch
 import torch  # noqa: E402
 from entries import Runs  # noqa: E402
 
-if "FUSION_PASS_TEST_DEVICE" in os.environ:  # the same tests with every tensor on another device: see `make test-gpu`
-    torch.set_default_device(os.environ["FUSION_PASS_TEST_DEVICE"])
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or min(2, os.cpu_count() or 1))
 
 

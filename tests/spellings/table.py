@@ -59,31 +59,38 @@ def qkv(
     return t(b, h, n, d), t(b, hkv, m, d), t(b, hkv, m, d if dv is None else dv)
 
 
-def make_input(spec: T, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """The tensor that `spec` describes, drawn from `generator`; float values are exact in the wanted dtype."""
-    dtype = spec.dtype or dtype
+def make_input(spec: T, generator: torch.Generator, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """The tensor that `spec` describes, drawn from `generator` (a CPU one: the values are the same on every device).
+
+    Float values are exact in the wanted dtype.
+    """
     order = spec.order or tuple(range(len(spec.shape)))
-    shape = tuple(spec.shape[d] for d in order)
     back = tuple(order.index(d) for d in range(len(order)))
+    value = _values(spec, tuple(spec.shape[d] for d in order), generator, spec.dtype or dtype)
+    value = value.permute(back).to(device)  # strides are kept
+    return value.requires_grad_(spec.grad) if spec.kind == "normal" else value
+
+
+def _values(spec: T, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """Values of `spec.kind` in `dtype`, contiguous in `shape`, on the CPU."""
     if spec.kind == "normal":
-        value = torch.randn(shape, generator=generator, dtype=torch.float64) * spec.scale + spec.shift
-        return value.to(dtype).permute(back).requires_grad_(spec.grad)
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * spec.scale + spec.shift).to(dtype)
     if spec.kind == "ids":
-        return torch.randint(4, shape, generator=generator).sort(-1).values.permute(back)
+        return torch.randint(4, shape, generator=generator).sort(-1).values
     if spec.kind == "padding":
-        lengths = torch.randint(1, spec.shape[1] + 1, (spec.shape[0], 1), generator=generator)
-        return (torch.arange(spec.shape[1]) < lengths).to(dtype)
+        lengths = torch.randint(1, shape[1] + 1, (shape[0], 1), generator=generator)
+        return (torch.arange(shape[1]) < lengths).to(dtype)
     kept = torch.rand(shape, generator=generator) < 0.75
     kept[..., 0] = True
     if spec.kind == "keep":
-        return kept.permute(back).to(dtype)
-    return torch.zeros(shape, dtype=dtype).masked_fill(~kept, -torch.inf).permute(back)
+        return kept.to(dtype)
+    return torch.zeros(shape, dtype=dtype).masked_fill(~kept, -torch.inf)
 
 
 @dataclass(frozen=True)
 class Spelling:
     name: str
-    build: Callable[[bool], Callable[..., Any]]  # twin -> the function or module
+    build: Callable[..., Callable[..., Any]]  # (twin, device) -> the function or module
     inputs: tuple[Any, ...]  # T, or a plain number passed as it is
     sites: int
     mask: str | None  # the site must be proved to skip tiles, and the fact must hold this word ("" for any)
@@ -94,6 +101,11 @@ class Spelling:
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Of the module and of every input."""
+        return {self.dtype, *(x.dtype for x in self.inputs if isinstance(x, T) and x.dtype is not None)}
 
 
 SPELLINGS: dict[str, Spelling] = {}
@@ -114,10 +126,10 @@ def spelling(
     """
 
     def register(thing: Any) -> Any:
-        def build(twin: bool = False) -> Callable[..., Any]:
+        def build(twin: bool = False, device: torch.device | str = "cpu") -> Callable[..., Any]:
             if inspect.isclass(thing) and issubclass(thing, nn.Module):
                 torch.manual_seed(20)
-                return thing(twin=twin).to(dtype)
+                return thing(twin=twin).to(device, dtype)
             return (lambda *args: thing(*args, twin=True)) if twin else thing
 
         if thing.__name__ in SPELLINGS:
@@ -129,6 +141,6 @@ def spelling(
     return register
 
 
-def make_inputs(row: Spelling, seed: int = 0) -> list[Any]:
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-    return [make_input(x, generator, row.dtype) if isinstance(x, T) else x for x in row.inputs]
+def make_inputs(row: Spelling, seed: int = 0, device: torch.device | str = "cpu") -> list[Any]:
+    generator = torch.Generator().manual_seed(seed)
+    return [make_input(x, generator, row.dtype, device) if isinstance(x, T) else x for x in row.inputs]
