@@ -11,8 +11,8 @@ Gluon, and in Triton's interpreter:
 
 q and k are int32 indices that broadcast against s ((BLOCK_M, 1) and (1, BLOCK_N), or transposed), q_ok and k_ok say which
 of them are inside the tensors (or are the constexpr True), sizes is (B, H, N, M), and aux holds the integer parameters and
-then, for each capture, its pointer and its strides (and last, for bounds alone, what `key_ranges` found). An expression is computed at the shape of what it reads: a value that
-depends on the row alone costs one operation a row.
+then, for each capture, its pointer and its strides; for bounds, what `key_ranges` found comes last. An expression is computed
+at the shape of what it reads: a value that depends on the row alone costs one operation a row.
 
 The source is registered in `linecache` under a hash of itself, because Triton reads the source of what it compiles.
 """
