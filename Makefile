@@ -1,9 +1,9 @@
 # Everything on a fresh machine with Python (3.11 or later), git and make: `make demo`, `make test`, `make lint`.
 # Each makes .venv from requirements-dev.txt first, when it is missing or older than that file.
 # On a machine that has its own torch: `make test-gpu PY=python3` runs with that Python and installs nothing.
+# JOBS=N sets the number of test processes: 2 for `make test`, 12 for `make test-gpu`, where each has a CUDA context of its own.
 
 PYTHON ?= python3
-JOBS ?= 2
 
 ifeq ($(origin PY),undefined)
 PY := .venv/bin/python
@@ -27,6 +27,7 @@ help:
 demo: $(READY)
 	$(PY) examples/quickstart.py
 
+test: JOBS ?= 2
 test: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m "not gpu and not fuzz" tests
 
@@ -39,9 +40,10 @@ fuzz: $(READY)
 	$(PY) -m pytest -m fuzz tests
 	$(PY) -m tests.fuzz.long --examples 3000 --seed 0 --resume out/fuzz.json
 
+# Nearly all of the time is Triton's compiler, on the host: hence the processes. No test here measures time.
+test-gpu: JOBS ?= 12
 test-gpu: $(READY)
-	$(PY) -m pytest -m gpu tests
-	FUSION_PASS_TEST_DEVICE=cuda $(PY) -m pytest -m "not gpu and not fuzz" -k fused_and_right tests/test_spellings.py
+	OMP_NUM_THREADS=1 FUSION_PASS_TEST_DEVICE=cuda $(PY) -m pytest -n $(JOBS) --dist worksteal -m gpu tests
 
 # torch comes first and alone: with the build that pip is configured to find, and with nothing else pulling another in.
 .venv/.installed: requirements-dev.txt pyproject.toml

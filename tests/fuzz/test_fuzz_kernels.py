@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 
 from fuzz.scores import Scored, scores
 
 FIXED = {"derandomize": True, "database": None, "deadline": None, "suppress_health_check": list(HealthCheck)}
+PARTS = 16  # of the programs on a GPU: tests of their own, which processes share
 
 
 def interpreted(program: Scored) -> list[str]:
@@ -49,10 +50,15 @@ def test_interpreted(worker: ProcessPoolExecutor, program: Scored) -> None:
 
 
 @pytest.mark.gpu
-@settings(max_examples=500, **FIXED)
-@given(scores(interpreted=False))
-def test_on_a_gpu(program: Scored) -> None:
+@pytest.mark.parametrize("part", range(PARTS))
+def test_on_a_gpu(part: int) -> None:
     from fuzz.kernel_judge import judge
 
-    wrong = judge(program, "cuda")
-    assert not wrong, "\n".join(wrong)
+    @seed(part)
+    @settings(max_examples=512 // PARTS, **FIXED)
+    @given(scores(interpreted=False))
+    def judged(program: Scored) -> None:
+        wrong = judge(program, "cuda")
+        assert not wrong, "\n".join(wrong)
+
+    judged()
