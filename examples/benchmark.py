@@ -1,15 +1,18 @@
 """Attention in plain PyTorch, eager, compiled and fused, beside SDPA and FlexAttention: one table, all ratios of one run.
 
     python examples/benchmark.py --quick                     a few minutes on a GPU
-    python examples/benchmark.py                             every case, N = 512 ... 16384, D = 64 and 128
+    python examples/benchmark.py                             every case, N = 512 ... 16384, D = 64 and 128: a quarter of an hour
+    python examples/benchmark.py --part 1/3 --json 1.json    a third of those rows; and so on, at any time
+    python examples/benchmark.py --merge 1.json 2.json 3.json    the parts as one table, nothing is measured
     python examples/benchmark.py --cases causal,bias --sizes 1024,4096 --dims 64
+    python examples/benchmark.py --ours triton               the portable kernels alone, where the op would choose others
     python examples/benchmark.py --compile-time              what the pass adds to compiling a 12-layer GPT-2
     python examples/benchmark.py --device cpu --cases full   anywhere, at small sizes
 
 `ours` is the plain source under torch.compile(backend=fusion_pass.make_backend(when="always")), and the run fails if the pass did
-not fuse it, or if it is more than twice as far from float64 as eager. Columns: `fwd` and `bwd` are milliseconds of ours
-(medians); a peer's cell is its time over ours, forward/backward, or why there is none; `MiB` is the peak memory of a
-training step beyond its inputs, `eager's` is eager's; `err` and `flex's` are the largest error (of out and all gradients,
+not fuse it, or if it is more than twice as far from float64 as eager. Columns: `fwd` and `bwd` are milliseconds of ours; a
+peer's cell is its time over ours, forward/backward, or why there is none; every time is a median. `MiB` is the peak memory of
+a training step beyond its inputs, `eager's` is eager's; `err` and `flex's` are the largest error (of out and all gradients,
 against float64 on one head) over eager's own. The time of making masks is in eager, compile and ours, not in SDPA and flex.
 """
 
@@ -22,7 +25,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +33,15 @@ import torch
 from benchmark_cases import CASES
 from benchmark_compile import compile_time
 from benchmark_measure import COMPILED, PEERS, SLOW_MS, Problem, Result, Settings, exact, measure
-from benchmark_table import Row, markdown, plot, record, summary, table
+from benchmark_record import Run, merge, save
+from benchmark_table import Row, markdown, plot, summary, table
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOKENS = 16384  # of one problem, as far as one sequence allows
 QUICK_SECONDS = 230.0
 WORKERS = 10
 SHOWN = ("flex", "eager", "compile", "flash", "cudnn", "efficient")
+HELD_TO = ("triton", "cudnn", "aten", "tiled", "dense")
 
 
 # ---------------------------------------------------------------- what is run
@@ -78,8 +83,15 @@ class Known:
             self.limits[key] = min((problem.work, word), self.limits.get(key, (problem.work, word)))
 
 
-def run(todo: Sequence[Problem], peers: Sequence[str], settings: Settings, seconds: float, out: Path, late: set) -> list[Row]:
-    """Measures row by row; the JSON is written after each, so that what was measured is never lost."""
+def measured(
+    todo: Sequence[Problem],
+    peers: Sequence[str],
+    settings: Settings,
+    seconds: float,
+    late: set[tuple[Problem, str]],
+    keep: Callable[[list[Row]], None],
+) -> list[Row]:
+    """Measures row by row; `keep` gets the rows after each, so that what was measured is never lost."""
     rows: list[Row] = []
     known, started = Known({}), time.monotonic()
     for problem in todo:
@@ -91,11 +103,11 @@ def run(todo: Sequence[Problem], peers: Sequence[str], settings: Settings, secon
         rows.append(row)
         try:
             x = case.inputs(problem.b, problem.h, problem.n, problem.d, settings.dtype, settings.device)
-            errors = None if problem.trains else exact(case, x)
+            errors = exact(case, x)
         except torch.cuda.OutOfMemoryError:
             row.results["ours"] = Result(word="OOM", why="the inputs, or their reference in float64, do not fit")
             continue
-        row.eager_errors = errors.eager if errors else []
+        row.eager_errors = errors.eager
         for peer in peers:
             if problem.trains and peer not in ("ours", "eager"):
                 continue
@@ -104,7 +116,7 @@ def run(todo: Sequence[Problem], peers: Sequence[str], settings: Settings, secon
             known.learn(problem, peer, row.results[peer])
         del x, errors
         print(_progress(row, time.monotonic() - started), flush=True)
-        (out / "benchmark.json").write_text(json.dumps([record(r) for r in rows], indent=1), encoding="utf-8")
+        keep(rows)
     return rows
 
 
@@ -161,6 +173,13 @@ def warm(todo: Sequence[Problem], peers: Sequence[str], settings: Settings, seco
 # ---------------------------------------------------------------- the command
 
 
+def _part(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part: I/N with 1 <= I <= N, as in 2/3")
+    return int(part), int(parts)
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the rows that say most, within about four minutes on a GPU")
@@ -175,7 +194,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=90.0, help="seconds that one peer may take for one row, compile and all")
     parser.add_argument("--budget", type=float, help="seconds after which no further row is begun")
     parser.add_argument("--warm", action=argparse.BooleanOptionalAction, help="compile ahead in parallel (default on a GPU)")
+    parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="every N-th row, from the I-th (default 1/1)")
+    parser.add_argument("--ours", choices=HELD_TO, default="", help="hold the fused op to one implementation")
     parser.add_argument("--out", type=Path, default=Path("out"), help="where JSON, markdown and plot go (default out/)")
+    parser.add_argument("--json", type=Path, help="where the JSON goes (default benchmark.json in --out)")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="JSON", help="one table of measured parts; measures nothing")
     parser.add_argument(
         "--compile-time", action="store_true", help="time the compile of a GPT-2 with and without the pass, no table"
     )
@@ -184,6 +207,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="with --compile-time: where the pass spends its time")
     given = parser.parse_args()
     given.warm = given.device == "cuda" if given.warm is None else given.warm
+    given.json = given.json or given.out / "benchmark.json"
     for name, allowed in (("cases", CASES), ("peers", PEERS)):
         chosen = getattr(given, name).split(",")
         unknown = [c for c in chosen if c not in allowed]
@@ -193,16 +217,30 @@ def arguments() -> argparse.Namespace:
     return given
 
 
+def show(run: Run, rows: Sequence[Row], out: Path) -> bool:
+    """Print the table, write it as markdown and as a plot; whether ours is right in every row."""
+    shown = [p for p in SHOWN if any(p in row.results for row in rows)]
+    (out / "benchmark.md").write_text(markdown(rows, shown, run.title), encoding="utf-8")
+    plot(rows, shown, out / "benchmark.png", run.title)
+    print("\n".join(["", run.title, table(rows, shown), "", *summary(rows, shown)]))
+    return all(row.right("ours") for row in rows)
+
+
 def main() -> int:
     given = arguments()
     cuda = given.device == "cuda"
     given.out.mkdir(parents=True, exist_ok=True)
+    if given.merge:
+        run, rows = merge(given.merge)
+        save(run, rows, given.json)
+        return 0 if show(run, rows, given.out) else 1
     if given.compile_time:
         result = compile_time(given.inner, given.train, given.device, given.profile, given.repeats)
         (given.out / "compile_time.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
         return "error" in result
     dtype = DTYPES[given.dtype or ("bf16" if cuda else "fp32")]
-    settings = Settings(torch.device(given.device), dtype, given.inner, given.limit, 50 if given.quick else 100, given.autotune)
+    rep_ms = 50 if given.quick else 100
+    settings = Settings(torch.device(given.device), dtype, given.inner, given.limit, rep_ms, given.autotune, given.ours)
     ints = lambda text: [int(x) for x in text.split(",")]
     sizes = ints(given.sizes or ("512,1024,2048,4096,8192,16384" if cuda else "256,1024"))
     dims = ints(given.dims or ("64,128" if cuda else "64"))
@@ -210,20 +248,26 @@ def main() -> int:
         todo = quick(given.cases)
     else:
         todo = [*(training() if cuda and not given.sizes else ()), *problems(given.cases, sizes, dims, cuda)]
+    part, parts = given.part
+    todo = todo[part - 1 :: parts]
     # Ours and flex first: a run that is cut short has what matters. cuDNN and efficient are CUDA's.
     peers = [p for p in PEERS if p == "ours" or p in given.peers if cuda or p not in ("cudnn", "efficient")]
     started = time.monotonic()
     seconds = given.budget or (QUICK_SECONDS if given.quick else float("inf"))
     late = warm(todo, peers, settings, min(seconds / 2, 40 + 3.0 * len(todo))) if given.warm else set()
-    rows = run(todo, peers, settings, seconds - (time.monotonic() - started), given.out, late)
-
     where = torch.cuda.get_device_name() if cuda else "CPU"
-    title = f"fusion_pass benchmark: {where}, {str(dtype).removeprefix('torch.')}, torch {torch.__version__}"
-    shown = [p for p in SHOWN if p in peers]
-    (given.out / "benchmark.md").write_text(markdown(rows, shown, title), encoding="utf-8")
-    plot(rows, shown, given.out / "benchmark.png", title)
-    print("\n".join(["", title, table(rows, shown), "", *summary(rows, shown)]))
-    return 0 if all(row.right("ours") for row in rows) else 1
+    run = Run(where, str(dtype).removeprefix("torch."), torch.__version__, _triton(), given.ours)
+    left = seconds - (time.monotonic() - started)
+    rows = measured(todo, peers, settings, left, late, lambda rows: save(run, rows, given.json))
+    return 0 if show(run, rows, given.out) else 1
+
+
+def _triton() -> str:
+    try:
+        import triton
+    except ImportError:  # a CPU may do without
+        return ""
+    return triton.__version__
 
 
 if __name__ == "__main__":

@@ -25,12 +25,14 @@ import fusion_pass
 __all__ = ["COMPILED", "PEERS", "Errors", "Problem", "Result", "Settings", "exact", "measure", "quiet"]
 
 SLOW_MS = 1000.0  # a peer that takes longer is not asked for more work of the same kind
+CALLS = (5, 20)  # that a median is taken of, at least and at most, outside of triton's do_bench
+SLOW_CALLS = 3  # the least where one takes more than SLOW_MS
 DRAWS = 16  # of a random program, to compare its mean
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One row of the table. A problem that `trains` only is one training step of eager and ours: time and memory."""
+    """One row of the table. A problem that `trains` is a training step of a long sequence, of eager and ours alone."""
 
     case: str
     b: int
@@ -46,7 +48,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is the same for every row. limit: seconds a peer may take, compile and all. rep_ms: as in triton's do_bench."""
+    """What is the same for every row.
+
+    limit: seconds a peer may take, compile and all. rep_ms: milliseconds to spend on the calls that a median is taken of.
+    ours: the implementation that the fused op is held to, "" for the one that it chooses itself.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -54,11 +60,15 @@ class Settings:
     limit: float = 90.0
     rep_ms: int = 50
     autotune: bool = False
+    ours: str = ""
 
 
 @dataclass
 class Result:
-    """Milliseconds and bytes; or, in `word`, why there are none. errors: relative, of out and of each gradient."""
+    """Milliseconds and bytes; or, in `word`, why there are none. errors: relative, of out and of each gradient.
+
+    kernel: of ours, what the report says will run.
+    """
 
     forward_ms: float | None = None
     backward_ms: float | None = None
@@ -66,6 +76,7 @@ class Result:
     errors: list[float] = field(default_factory=list)
     word: str = ""
     why: str = ""
+    kernel: str = ""
 
 
 class Unsaid(Exception):
@@ -207,15 +218,17 @@ def measure(
     if peer == "flex" and settings.device.type == "cpu":  # has no backward there
         y = y.detached()
     try:
-        with _limit(settings.limit), quiet():
+        with _limit(settings.limit), quiet(), _held_to(settings.ours if peer == "ours" else ""):
             call = PEERS[peer](case, y, settings)
+            if peer == "ours":
+                result.kernel = fusion_pass.last_report().fused[0].verdict.kernel
             if errors is not None and peer != "eager":
                 found = _mean(case, lambda: [t.clone() for t in _head_of(case, y, _step(call, y))])
                 result.errors = errors.of(found)
             if only_compile:
                 _step(call, y)
             else:
-                _time(result, call, y, settings, one_step=problem.trains)
+                _time(result, call, y, settings)
     except (Exception, Late) as error:
         result.word, result.why = _word(error), f"{type(error).__name__}: {error}"[:600]
     if peer in COMPILED:
@@ -224,7 +237,7 @@ def measure(
     return result
 
 
-def _time(result: Result, call: Call, y: Inputs, settings: Settings, one_step: bool) -> None:
+def _time(result: Result, call: Call, y: Inputs, settings: Settings) -> None:
     trains = bool(y.leaves)
     _step(call, y)
     if settings.device.type == "cuda":
@@ -234,26 +247,23 @@ def _time(result: Result, call: Call, y: Inputs, settings: Settings, one_step: b
         _step(call, y)
         torch.cuda.synchronize()
         result.peak_bytes = torch.cuda.max_memory_allocated() - before
-    result.forward_ms = _median_ms(call, settings, once=one_step)
+    result.forward_ms = _median_ms(call, settings)
     if trains:
         out = call()
-        result.backward_ms = _median_ms(
-            lambda: torch.autograd.grad(out, y.leaves, y.do, retain_graph=True), settings, once=one_step
-        )
+        result.backward_ms = _median_ms(lambda: torch.autograd.grad(out, y.leaves, y.do, retain_graph=True), settings)
 
 
-def _median_ms(call: Callable[[], object], settings: Settings, once: bool) -> float:
-    """Median milliseconds; of a slow call, of fewer calls."""
+def _median_ms(call: Callable[[], object], settings: Settings) -> float:
+    """Median milliseconds of the calls that fit into `rep_ms`, after one that is not counted; of three calls at least."""
     cuda = settings.device.type == "cuda"
     first = _once_ms(call, cuda)
-    if first > SLOW_MS or once:
-        return first
-    if cuda and first < 100:
+    least, most = CALLS
+    if cuda and first < settings.rep_ms / least:
         from triton.testing import do_bench
 
         return float(do_bench(call, warmup=10, rep=settings.rep_ms, return_mode="median"))  # type: ignore[arg-type]
-    repeats = 3 if cuda else int(min(max(200 / first, 3), 20))
-    return statistics.median(_once_ms(call, cuda) for _ in range(repeats))
+    calls = SLOW_CALLS if first > SLOW_MS else int(min(max(settings.rep_ms / first, least), most))
+    return statistics.median(_once_ms(call, cuda) for _ in range(calls))
 
 
 def _once_ms(call: Callable[[], object], cuda: bool) -> float:
@@ -289,6 +299,15 @@ def _word(error: BaseException) -> str:
     if "no available kernel" in text or "no viable backend" in text:
         return "no-kernel"
     return type(error).__name__.removesuffix("Error") or "failed"
+
+
+def _held_to(implementation: str) -> contextlib.AbstractContextManager[None]:
+    """Inside, the fused op runs one implementation, forward and backward; "" leaves it the choice."""
+    if not implementation:
+        return contextlib.nullcontext()
+    from fusion_kernels.choice import force
+
+    return force(implementation)
 
 
 @contextlib.contextmanager

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from benchmark_cases import WINDOW
 from benchmark_measure import Problem, Result
 
-__all__ = ["Row", "markdown", "plot", "record", "summary", "table"]
+__all__ = ["Row", "markdown", "plot", "summary", "table"]
 
 ERROR_FACTOR = 2.0  # ours may be this much further from float64 than eager is
 ERROR_EPSILON = (
@@ -49,17 +49,12 @@ def _over(a: float | None, b: float | None) -> float | None:
     return a / b if a is not None and b else None
 
 
-def record(row: Row) -> dict[str, Any]:
-    """The row as it goes into the JSON: seconds nowhere, milliseconds and bytes."""
-    return {**asdict(row.problem), "eager_errors": row.eager_errors, "peers": {n: asdict(r) for n, r in row.results.items()}}
-
-
 # ---------------------------------------------------------------- the table
 
 
 def _cells(row: Row, peers: Sequence[str]) -> list[str]:
     p, ours = row.problem, row.results.get("ours", Result())
-    cells = [p.case, str(p.b), str(p.h), str(p.n), str(p.d)]
+    cells = [f"{p.case}, training" if p.trains else p.case, str(p.b), str(p.h), str(p.n), str(p.d)]
     cells += [ours.word or _number(ours.forward_ms), "" if ours.word else _number(ours.backward_ms)]
     for peer in peers:
         result = row.results.get(peer, Result(word="" if p.trains else "?"))
@@ -122,6 +117,9 @@ def summary(rows: Sequence[Row], peers: Sequence[str]) -> Iterator[str]:
         if parts:
             yield f"{peer:<9} over ours, geometric mean: " + ", ".join(parts)
     yield from _saved_by_masks(rows)
+    kernels = Counter(ours.kernel for row in rows if (ours := row.results.get("ours")) and ours.kernel)
+    if kernels:
+        yield "ours ran " + ", ".join(f"{kernel} in {count} rows" for kernel, count in kernels.most_common())
     wrong = [
         f"{r.problem.case} N={r.problem.n} D={r.problem.d} ({r.results['ours'].word or 'inexact'})"
         for r in rows

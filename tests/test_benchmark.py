@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def test_the_command_writes_what_it_prints(
     given = "--device cpu --cases full,softcap --sizes 33 --dims 16 --peers eager,flash --inner eager"
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *given.split(), "--out", str(tmp_path)])
     assert benchmark.main() == 0
-    rows = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
+    rows = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))["rows"]
     assert [(row["case"], row["n"], row["d"]) for row in rows] == [("full", 33, 16), ("softcap", 33, 16)]
     assert [set(row["peers"]) for row in rows] == [{"ours", "eager", "flash"}] * 2
     assert all(row["peers"][peer]["backward_ms"] > 0 for row in rows for peer in ("ours", "eager"))
@@ -38,8 +39,48 @@ def test_the_command_writes_what_it_prints(
     assert (tmp_path / "benchmark.png").stat().st_size > 5_000
 
 
+def test_parts_make_the_table_of_a_whole_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import benchmark
+
+    given = "--device cpu --cases full,causal,softcap --sizes 17 --dims 8 --peers eager --inner eager"
+    parts = [tmp_path / "1.json", tmp_path / "2.json"]
+    for i, path in enumerate(parts, 1):
+        arguments = [*given.split(), "--part", f"{i}/2", "--json", str(path), "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+        assert benchmark.main() == 0
+    named = lambda path: [row["case"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+    assert [named(path) for path in parts] == [["full", "softcap"], ["causal"]]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--merge", *map(str, reversed(parts)), "--out", str(tmp_path)])
+    capsys.readouterr()
+    assert benchmark.main() == 0
+    assert named(tmp_path / "benchmark.json") == ["full", "causal", "softcap"]
+    assert "causal N=17 D=8: " in capsys.readouterr().out  # beside `full`, which another part measured
+
+    text = parts[0].read_text(encoding="utf-8")
+    parts[0].write_text(text.replace('"ours": ""', '"ours": "triton"'), encoding="utf-8")
+    with pytest.raises(ValueError, match="needed: parts of one table"):
+        benchmark.main()
+
+
+def test_a_whole_run_on_a_gpu_has_every_case_at_every_size() -> None:
+    import benchmark
+
+    sizes = (512, 1024, 2048, 4096, 8192, 16384)
+    rows = benchmark.problems(list(CASES), sizes, (64, 128), cuda=True)
+    assert {(p.case, p.n, p.d) for p in rows} == {(case, n, d) for case in CASES for n in sizes for d in (64, 128)}
+    assert len(rows) == len(set(rows)) == 108
+    assert {p.b * p.n for p in rows} == {benchmark.TOKENS}
+
+
 @pytest.mark.parametrize(
-    ("given", "message"), [(["--cases", "fll"], "'fll' is not one of full"), (["--peers", "xla"], "'xla' is not")]
+    ("given", "message"),
+    [
+        (["--cases", "fll"], "'fll' is not one of full"),
+        (["--peers", "xla"], "'xla' is not"),
+        (["--part", "3/2"], "'3/2' is not a part: I/N with 1 <= I <= N"),
+    ],
 )
 def test_an_unknown_name_is_named(
     given: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -98,6 +139,24 @@ def test_a_program_that_is_not_fused_has_no_time(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(pipeline, "run_pass", lambda gm, *, when, graph=0: ())
     result = measure("ours", SMALL, x, CPU, None)
     assert (result.word, result.forward_ms) == ("unfused", None)
+
+
+def test_ours_can_be_held_to_one_implementation() -> None:
+    case = CASES["causal"]
+    x = case.inputs(1, 4, 17, 8, torch.float32, torch.device("cpu"))
+    assert measure("ours", SMALL, x, CPU, None).kernel == "aten-cpu"
+    held = measure("ours", SMALL, x, replace(CPU, ours="tiled"), exact(case, x))
+    assert (held.kernel, held.word, len(held.errors)) == ("tiled", "", 4)
+
+
+@pytest.mark.parametrize(("milliseconds", "calls"), [(1, 20), (15, 6), (60, 5), (1500, 3)])
+def test_every_time_is_a_median(milliseconds: int, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    import benchmark_measure
+
+    made = []
+    monkeypatch.setattr(benchmark_measure, "_once_ms", lambda call, cuda: made.append(call) or milliseconds)
+    assert benchmark_measure._median_ms(lambda: None, replace(CPU, rep_ms=100)) == milliseconds
+    assert len(made) == 1 + calls
 
 
 def test_a_peer_that_takes_too_long_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
