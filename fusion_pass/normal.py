@@ -1,6 +1,7 @@
 """The normal form of a softmax: hand-written spellings become one ``softmax`` node.
 
-Rules, each an identity of the exact mathematics; c is anything that does not depend on the bound axis k:
+Rules, each an identity of IEEE arithmetic too, up to rounding; c is the largest x_k of the row. Any other shift stays in the
+scores: where it is -inf or NaN (the mean of a masked row), x - c is NaN and the softmax of x is not.
 
     exp(x_r - c) / sum_k exp(x_k - c)        = softmax(x)_r
     exp(x_r - c) * (1 / sum_k exp(x_k - c))  = softmax(x)_r
@@ -13,7 +14,7 @@ from __future__ import annotations
 import sympy
 from fusion_kernels.program import Node
 
-from .describe import Describer, symbols_of
+from .describe import DETACHING, Describer
 
 __all__ = ["as_softmax"]
 
@@ -56,6 +57,18 @@ def _matched(d: Describer, at: Node, body: Node, axis: sympy.Symbol, position: s
     """softmax of `body` over `axis`, if `at` is `body` with the axis at `position`."""
     if d.substitute(body, {axis: position}) is not at:
         return None
-    while body.op == "sub" and axis not in symbols_of(body.args[1]):
-        body = body.args[0]  # softmax(x - c) = softmax(x)
+    while body.op == "sub" and _is_row_maximum(d, body.args[1], body.args[0], axis):
+        body = body.args[0]  # softmax(x - max x) = softmax(x), in rows of -inf, with +inf and with NaN as well
     return Node.make("softmax", body, attr=(axis, position, False), kind="float")
+
+
+def _is_row_maximum(d: Describer, node: Node, body: Node, axis: sympy.Symbol) -> bool:
+    """Whether `node` is the largest value of `body` along `axis`, detached or not: the softmax's gradient sums to zero."""
+    while node.op == "value":
+        value, index = d.shadow.values[node.attr[0]], node.attr[1]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
+        if value.record is None or value.record.op not in DETACHING:
+            return False
+        node = d.element(value.record.args[0], index)
+    if node.op != "amax":
+        return False
+    return d.substitute(node.args[0], {node.attr[0]: axis}) is body  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
