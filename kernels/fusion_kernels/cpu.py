@@ -2,7 +2,7 @@
 
 It computes ``softmax(scale * s + mask) v``, causal or not. So the program has to read ``scale * s`` under additive masks and
 ``where`` masks, and the mask is collected into one additive tensor. Some of its ways differ from eager, and calls that could
-see them go to the tiled reference instead: rows without a key, and in bfloat16 rows with an infinite score, give 0 (eager:
+see them go to the tiled reference instead: rows without a key, and rows whose scores are all -inf or NaN, give 0 (eager:
 NaN); the backward of a row whose mask is a large finite number forgets how many keys share it; and a NaN or infinity reaches
 other gradients than in eager.
 """
@@ -147,6 +147,12 @@ def _finite(*results: torch.Tensor) -> bool:
     return all(math.isfinite(t.sum(dtype=torch.promote_types(t.dtype, torch.float32)).item()) for t in results)
 
 
+def _blank(out: torch.Tensor, lse: torch.Tensor) -> bool:
+    """Whether some row is 0 with lse 0: what ATen makes of scores that are all -inf, or all NaN, where eager makes NaN."""
+    flat = lse == 0
+    return bool(flat.any()) and bool((flat & (out == 0).all(-1)).any())
+
+
 def _grouped(t: torch.Tensor, heads: int) -> torch.Tensor:
     return t if t.shape[1] == heads else t.repeat_interleave(heads // t.shape[1], 1)
 
@@ -172,7 +178,7 @@ def attention_forward(
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         q, _grouped(k, q.shape[1]), _grouped(v, q.shape[1]), 0.0, f.causal, attn_mask=mask, scale=f.scale
     )
-    return (out, lse.mul_(LOG2E)) if _finite(out, lse) else None
+    return (out, lse.mul_(LOG2E)) if _finite(out, lse) and not _blank(out, lse) else None
 
 
 def attention_backward(
