@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.fx
-from fusion_kernels.op import kernel_for
+from fusion_kernels.choice import kernel_for
 
 from . import config, legality
 from .anchors import Anchor, find_anchors
@@ -169,9 +169,9 @@ class _Run:
     def _describe(self, found: Match, score: Scores) -> AttentionSite:
         names = [_name(c) if isinstance(c, Value) else str(c.expr) for c in score.captures]
         return AttentionSite(
-            q=_operand(found.q),
-            k=_operand(found.k),
-            v=_operand(found.v),
+            q=self._operand(found.q),
+            k=self._operand(found.k),
+            v=self._operand(found.v),
             program=score.program,
             captures=tuple(_captured(c, n) for c, n in zip(score.captures, names, strict=True)),
             dropout_p=found.dropout_p,
@@ -181,16 +181,15 @@ class _Run:
             bytes_saved=legality.bytes_saved(found),
         )
 
+    def _operand(self, factor: Factor) -> Operand:
+        shape = tuple(int(s) if s.is_Integer else str(self.shadow.plain(s)) for s in factor.shape)
+        return Operand(shape, factor.dtype, _requires_grad(factor.value), _name(factor.value))
+
 
 def _captured(what: Value | Number, name: str) -> Operand:
     if isinstance(what, Number):
         return Operand((), torch.float32, False, name)
     return Operand(tuple(what.shape), what.dtype, _requires_grad(what), name)
-
-
-def _operand(factor: Factor) -> Operand:
-    shape = tuple(int(s) if s.is_Integer else str(s) for s in factor.shape)
-    return Operand(shape, factor.dtype, _requires_grad(factor.value), _name(factor.value))
 
 
 def _requires_grad(value: Value) -> bool:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .op import ATTENTION, check
+from .checking import check
+from .op import ATTENTION
 from .program import SCORE, Capture, Node, Program, apply, const, index, load, parse
 
 __all__ = ["attention"]

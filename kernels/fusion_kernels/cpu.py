@@ -11,95 +11,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
 from .evaluate import Box, Environment, evaluate
-from .program import SCORE, Node, Program, apply, const, index
+from .program import Program
+from .sdpa import Form, form
 
-__all__ = ["Form", "attention_backward", "attention_forward", "form", "supports"]
+__all__ = ["attention_backward", "attention_forward", "supports"]
 
 LN2 = math.log(2.0)
 LOG2E = math.log2(math.e)
-HIDDEN = -1e9  # a `where` constant at or below this is as good as -inf beside any visible key, and absorbs a score in fp32
 FLOOR = -1e3  # a row whose mask is nowhere above this may be hidden whole
 LARGEST_MASK = 2**22  # elements of a mask that is made for the call, rather than passed in
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Form:
-    """A program as ``scale * s + mask``, with ``causal``: k <= q. mask: a float expression without the score, or None."""
-
-    scale: float
-    causal: bool
-    mask: Node | None
-
-
-def _scale(node: Node) -> float | None:
-    if node is SCORE:
-        return 1.0
-    if node.op == "mul":
-        for a, b in (node.args, node.args[::-1]):
-            inner = _scale(a) if b.op == "const" else None
-            if inner is not None:
-                return inner * float(b.attr)  # type: ignore[arg-type]
-    if node.op == "div" and node.args[1].op == "const":
-        inner = _scale(node.args[0])
-        return None if inner is None else inner / float(node.args[1].attr)  # type: ignore[arg-type]
-    return None
-
-
-CAUSAL = frozenset({apply("le", index("k"), index("q")), apply("ge", index("q"), index("k"))})
-
-
-def _visible(p: Node) -> tuple[bool, Node | None]:
-    """A condition of visibility as (causal, what else has to hold)."""
-    if p in CAUSAL:
-        return True, None
-    if p.op == "not" and p.args[0].op in ("gt", "lt"):
-        flipped = apply({"gt": "le", "lt": "ge"}[p.args[0].op], *p.args[0].args)
-        return (True, None) if flipped in CAUSAL else (False, p)
-    if p.op == "and":
-        (ca, a), (cb, b) = (_visible(x) for x in p.args)
-        return ca or cb, apply("and", a, b) if a is not None and b is not None else a if a is not None else b
-    return False, p
-
-
-@lru_cache(maxsize=1024)
-def form(program: Program) -> Form | None:
-    """How ATen would compute the program; None if it cannot."""
-    root, causal = program.root, False
-    mask: Node | None = None
-    while (scale := _scale(root)) is None:
-        if root.op == "add":
-            a, b = root.args
-            root, term = (a, b) if a.depends_on("score") else (b, a)
-        elif root.op == "where":
-            p, a, b = root.args
-            if b.op != "const":
-                p, a, b = apply("not", p), b, a
-            if b.op != "const" or not _hides(b, mask) or p.depends_on("score"):
-                return None
-            root = a
-            now_causal, rest = _visible(p)
-            causal |= now_causal
-            term = None if rest is None else apply("where", rest, const(0.0), const(-math.inf))
-        else:
-            return None
-        if term is not None and term.depends_on("score"):
-            return None
-        mask = term if mask is None or term is None else apply("add", term, mask)
-    return Form(scale, causal, mask) if math.isfinite(scale) else None
-
-
-def _hides(constant: Node, added: Node | None) -> bool:
-    """Whether a `where` to this constant hides the key; a finite one might not if something is `added` to it afterwards."""
-    value = float(constant.attr)  # type: ignore[arg-type]
-    return value == -math.inf or (value <= HIDDEN and added is None)
 
 
 def _mask_size(f: Form, sizes: Sequence[int]) -> int:

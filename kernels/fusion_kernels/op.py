@@ -11,22 +11,18 @@ in a hash of this package's sources: a cache never serves what an older formula 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import cpu, reference, tiled
-from .program import Capture, Program, parse
+from . import choice, cpu, cudnn, reference, tiled
+from .checking import check
+from .program import parse
 
-__all__ = ["ATTENTION", "ATTENTION_BACKWARD", "VERSION", "check", "force", "kernel_for"]
-
-MAX_HEAD_DIM = 256
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+__all__ = ["ATTENTION", "ATTENTION_BACKWARD", "VERSION"]
 
 
 def _version() -> str:
@@ -37,73 +33,6 @@ def _version() -> str:
 
 
 VERSION = _version()
-
-# ---------------------------------------------------------------- which implementation
-
-IMPLEMENTATIONS = ("triton", "aten", "tiled", "dense")
-_forced: str | None = None
-
-
-@contextmanager
-def force(implementation: str) -> Iterator[None]:
-    """Runs every call inside with one implementation, forward and backward, in all threads; for tests and measurements.
-
-    Args:
-        implementation: "triton" (on CPU tensors through Triton's interpreter, which TRITON_INTERPRET=1 turns on before
-            Triton is imported), "aten", "tiled" or "dense".
-
-    Raises:
-        ValueError: the name is none of these.
-    """
-    global _forced
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"fusion_kernels: no implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}")
-    before, _forced = _forced, implementation
-    try:
-        yield
-    finally:
-        _forced = before
-
-
-def _interpreting() -> bool:
-    return os.environ.get("FUSION_KERNELS_INTERPRET", "0") not in ("", "0")
-
-
-def kernel_for(
-    device: torch.device | str,
-    dtype: torch.dtype,
-    v_dtype: torch.dtype,
-    program: Program,
-    dropout_p: float = 0.0,
-    *,
-    same_head_dim: bool = True,
-    capture_grads: bool = False,
-) -> str:
-    """The implementation that a call would run: "triton", "aten-cpu" or "tiled" ("dense" only when forced).
-
-    Single calls may still go from ATen to the tiled reference: those whose mask hides every key of a row.
-
-    Args:
-        device: of all tensors. dtype: of q and k. v_dtype: of v.
-        same_head_dim: whether v's head dim is q's. capture_grads: whether a captured tensor needs a gradient.
-    """
-    if _forced is not None:
-        return {"aten": "aten-cpu"}.get(_forced, _forced)
-    if torch.device(device).type != "cpu" or _interpreting():
-        return "triton"
-    fits = cpu.form(program) is not None and same_head_dim and v_dtype == dtype and not dropout_p and not capture_grads
-    return "aten-cpu" if fits else "tiled"
-
-
-def _choose(
-    q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], program: Program, dropout_p: float, needs: Sequence[bool]
-) -> str:
-    if _forced is not None:
-        return _forced
-    if q.device.type != "cpu" or _interpreting():
-        return "triton"
-    return "aten" if cpu.supports(q, k, v, captures, program, dropout_p, needs) else "tiled"
-
 
 # ---------------------------------------------------------------- memory order
 
@@ -116,8 +45,8 @@ def _less(a: Any, b: Any) -> bool:
     return guard_or_false(a < b)
 
 
-def _like(shape: Sequence[Any], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """An empty dense tensor whose first three dims are nested in memory as `like`'s are, the last dim innermost."""
+def _strides(shape: Sequence[Any], like: Tensor) -> tuple[Any, ...]:
+    """Of a dense tensor whose first three dims are nested in memory as `like`'s are, the last dim innermost."""
     order = [0, 1, 2]
     for i in (1, 2):  # insertion sort by falling stride; a dim that cannot be compared keeps its place
         for j in range(i, 0, -1):
@@ -129,7 +58,12 @@ def _like(shape: Sequence[Any], like: Tensor, dtype: torch.dtype) -> Tensor:
     for dim in reversed(order):
         strides[dim] = step
         step = step * shape[dim]
-    return torch.empty_strided(tuple(shape), strides, dtype=dtype, device=like.device)
+    return tuple(strides)
+
+
+def _like(shape: Sequence[Any], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """An empty tensor of that memory order."""
+    return torch.empty_strided(tuple(shape), _strides(shape, like), dtype=dtype, device=like.device)
 
 
 def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,21 +78,17 @@ def _gradients(
     return _like(q.shape, q, q.dtype), _like(k.shape, k, k.dtype), _like(v.shape, v, v.dtype), dcaptures
 
 
-def _settle(value: Tensor, promised: Tensor) -> Tensor:
-    """`value` with the strides that the fake promised."""
-    strides = zip(value.shape, value.stride(), promised.stride(), strict=True)
-    return value if all(n == 1 or a == b for n, a, b in strides) else promised.copy_(value)
+def _settle(value: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
+    """`value` with the strides that the fake promised for that shape in `like`'s memory order."""
+    promised = _strides(shape, like)
+    if all(n == 1 or a == b for n, a, b in zip(shape, value.stride(), promised, strict=True)):
+        return value
+    return torch.empty_strided(tuple(shape), promised, dtype=value.dtype, device=value.device).copy_(value)
 
 
 # ---------------------------------------------------------------- the ops
 
 
-@torch.library.custom_op(
-    f"fusion_kernels::attention_{VERSION}",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor[] captures, SymInt[] params, str program, float dropout_p, Tensor? seed) "
-    "-> (Tensor, Tensor)",
-)
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -171,17 +101,20 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     parsed = parse(program)
     check(q, k, v, captures, params, parsed, dropout_p, seed)
-    choice = _choose(q, k, v, captures, parsed, dropout_p, ())
-    out, lse = _outputs(q, v)
-    if choice == "aten":
+    way = choice.choose(q, k, v, captures, parsed, dropout_p, None)
+    if way == "cudnn":
+        out, lse = cudnn.attention_forward(q, k, v, parsed)
+        return _settle(out, (*q.shape[:3], v.shape[3]), q), lse
+    if way == "aten":
         done = cpu.attention_forward(q, k, v, captures, params, parsed)
         if done is not None:
-            return _settle(done[0], out), lse.copy_(done[1])
-        choice = "tiled"
-    if choice == "dense":
+            return _settle(done[0], (*q.shape[:3], v.shape[3]), q), done[1].contiguous()
+        way = "tiled"
+    out, lse = _outputs(q, v)
+    if way == "dense":
         results = reference.dense(q, k, v, captures, params, parsed, dropout_p, seed)
         return out.copy_(results[0]), lse.copy_(results[1])
-    if choice == "tiled":
+    if way == "tiled":
         tiled.tiled_forward(q, k, v, captures, params, parsed, dropout_p, seed, out, lse)
         return out, lse
     from .forward import attention_forward
@@ -190,17 +123,10 @@ def _attention(
     return out, lse
 
 
-@_attention.register_fake
-def _(q, k, v, captures, params, program, dropout_p, seed):
+def _attention_fake(q, k, v, captures, params, program, dropout_p, seed):
     return _outputs(q, v)
 
 
-@torch.library.custom_op(
-    f"fusion_kernels::attention_backward_{VERSION}",
-    mutates_args=(),
-    schema="(Tensor do, Tensor q, Tensor k, Tensor v, Tensor[] captures, SymInt[] params, str program, float dropout_p, "
-    "Tensor? seed, Tensor out, Tensor lse, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor[])",
-)
 def _attention_backward(
     do: Tensor,
     q: Tensor,
@@ -216,36 +142,34 @@ def _attention_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     parsed = parse(program)
-    choice = _choose(q, k, v, captures, parsed, dropout_p, needs)
-    if choice == "aten" and out.itemsize == 2 and _forced is None:
-        # ATen takes delta = sum(do * out) from the rounded out: a row of ds no longer sums to zero, and what adds up over keys
-        # (the gradient of a key bias) is 2 to 4 times as wrong as eager's
-        choice = "tiled"
-    dq, dk, dv, dcaptures = _gradients(q, k, v, captures, needs)
-    if choice == "aten":
+    way = choice.choose(q, k, v, captures, parsed, dropout_p, needs)
+    done = None
+    if way == "cudnn":
+        done = cudnn.attention_backward(do, q, k, v, parsed, out, lse)
+    elif way == "aten":
         done = cpu.attention_backward(do, q, k, v, captures, params, parsed, out, lse)
-        if done is not None:
-            return _settle(done[0], dq), _settle(done[1], dk), _settle(done[2], dv), dcaptures
-        choice = "tiled"
+    if done is not None:
+        dq, dk, dv = (_settle(g, x.shape, x) for g, x in zip(done, (q, k, v), strict=True))
+        return dq, dk, dv, [c.new_empty(0) for c in captures]
+    dq, dk, dv, dcaptures = _gradients(q, k, v, captures, needs)
     wide = reference.compute_dtype(q.dtype)
     sums = [c.new_zeros(c.shape, dtype=wide) if need else None for c, need in zip(captures, needs, strict=True)]
     arguments = (do, q, k, v, captures, params, parsed, dropout_p, seed, out, lse, needs, dq, dk, dv, sums)
-    if choice == "dense":
+    if way == "dense":
         reference.dense_backward(*arguments)
-    elif choice == "tiled":
-        tiled.tiled_backward(*arguments)
-    else:
+    elif way == "triton":
         from .backward import attention_backward
 
         attention_backward(*arguments)
+    else:
+        tiled.tiled_backward(*arguments)
     for total, dcapture in zip(sums, dcaptures, strict=True):
         if total is not None:
             dcapture.copy_(total)
     return dq, dk, dv, dcaptures
 
 
-@_attention_backward.register_fake
-def _(do, q, k, v, captures, params, program, dropout_p, seed, out, lse, needs):
+def _attention_backward_fake(do, q, k, v, captures, params, program, dropout_p, seed, out, lse, needs):
     return _gradients(q, k, v, captures, needs)
 
 
@@ -278,76 +202,30 @@ def _twice(ctx: Any, *grads: Any) -> tuple:
     )
 
 
-torch.library.register_autograd(f"fusion_kernels::attention_{VERSION}", _backward, setup_context=_setup)
-torch.library.register_autograd(f"fusion_kernels::attention_backward_{VERSION}", _twice)
+# ---------------------------------------------------------------- registration
 
-ATTENTION: torch._ops.OpOverload = getattr(torch.ops.fusion_kernels, f"attention_{VERSION}").default
-ATTENTION_BACKWARD: torch._ops.OpOverload = getattr(torch.ops.fusion_kernels, f"attention_backward_{VERSION}").default
-
-
-# ---------------------------------------------------------------- bad input
+# Straight to the dispatcher: `torch.library.custom_op` looks at every call for outputs that alias inputs, which took longer
+# than the launch of a kernel (100 us a call under torch 2.11).
+_LIBRARY = torch.library.Library("fusion_kernels", "FRAGMENT")
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor[] captures, SymInt[] params, str program, float dropout_p, Tensor? seed"
 
 
-def _bad(seen: str, needed: str) -> ValueError:
-    return ValueError(f"fusion_kernels: {seen}; needed: {needed}")
+def _register(name: str, schema: str, implementation: Any, fake: Any, backward: Any, setup: Any) -> torch._ops.OpOverload:
+    _LIBRARY.define(f"{name}{schema}", tags=[torch.Tag.pt2_compliant_tag])
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fusion_kernels::{name}", fake, lib=_LIBRARY)
+    torch.library.register_autograd(f"fusion_kernels::{name}", backward, setup_context=setup, lib=_LIBRARY)
+    return getattr(torch.ops.fusion_kernels, name).default
 
 
-def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
-    return f"q has shape {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
-
-
-def _kind(dtype: torch.dtype) -> str:
-    return "bool" if dtype == torch.bool else "float" if dtype.is_floating_point else "int"
-
-
-def check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    captures: Sequence[Tensor],
-    params: Sequence[int],
-    program: Program,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> None:
-    """Raises ValueError, naming the argument, what it is and what was needed, if the op cannot take these inputs."""
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        allowed = (*DTYPES, torch.float64) if t.device.type == "cpu" else DTYPES
-        if t.dim() != 4:
-            raise _bad(f"{name} has shape {tuple(t.shape)}", "4 dims (batch, heads, length, head dim)")
-        if t.device != q.device:
-            raise _bad(f"{name} is on {t.device} and q on {q.device}", "one device")
-        if t.dtype not in allowed:
-            raise _bad(f"{name} has dtype {t.dtype} on {t.device}", " or ".join(str(d) for d in allowed))
-        if not 1 <= t.shape[3] <= MAX_HEAD_DIM:
-            raise _bad(f"{name} has shape {tuple(t.shape)}", f"a head dim (the last) from 1 to {MAX_HEAD_DIM}")
-    if q.device.type not in ("cpu", "cuda"):
-        raise _bad(f"q is on {q.device}", "a CPU or CUDA tensor")
-    if q.dtype != k.dtype:
-        raise _bad(f"q has dtype {q.dtype} and k {k.dtype}", "one dtype for q and k")
-    if q.shape[3] != k.shape[3]:
-        raise _bad(_shapes(q, k, v), "one head dim (the last) for q and k")
-    if q.shape[0] != k.shape[0]:
-        raise _bad(_shapes(q, k, v), "one batch size (the first dim)")
-    if k.shape[:3] != v.shape[:3]:
-        raise _bad(_shapes(q, k, v), "one batch size, number of heads and length for k and v")
-    if not k.shape[1] or q.shape[1] % k.shape[1]:
-        raise _bad(
-            _shapes(q, k, v), "a number of query heads (the second dim of q) that is a multiple of the number of key heads"
-        )
-    if len(captures) != len(program.captures) or len(params) != program.params:
-        needed = f"{len(program.captures)} captures and {program.params} params: the program reads them"
-        raise _bad(f"{len(captures)} captures and {len(params)} params were passed", needed)
-    for i, (c, expected) in enumerate(zip(captures, program.captures, strict=True)):
-        if Capture(_kind(c.dtype), c.dim()) != expected:
-            found = f"captures[{i}] is {_kind(c.dtype)} of shape {tuple(c.shape)}"
-            raise _bad(found, f"{expected.kind} with {expected.rank} dims")
-        if c.device != q.device:
-            raise _bad(f"captures[{i}] is on {c.device} and q on {q.device}", "one device")
-    if not 0 <= dropout_p <= 1:
-        raise _bad(f"dropout_p is {dropout_p}", "a probability from 0 to 1")
-    if dropout_p and seed is None:
-        raise _bad("dropout_p is set without a seed", f"seed: a 0-d int64 tensor on {q.device}")
-    if dropout_p and seed is not None and (seed.dim() or seed.dtype != torch.int64 or seed.device != q.device):
-        found = f"seed has shape {tuple(seed.shape)}, dtype {seed.dtype}, on {seed.device}"
-        raise _bad(found, f"a 0-d int64 tensor on {q.device}")
+ATTENTION: torch._ops.OpOverload = _register(
+    f"attention_{VERSION}", f"({_INPUTS}) -> (Tensor, Tensor)", _attention, _attention_fake, _backward, _setup
+)
+ATTENTION_BACKWARD: torch._ops.OpOverload = _register(
+    f"attention_backward_{VERSION}",
+    f"(Tensor do, {_INPUTS}, Tensor out, Tensor lse, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor[])",
+    _attention_backward,
+    _attention_backward_fake,
+    _twice,
+    None,
+)

@@ -13,6 +13,7 @@ import torch
 __all__ = ["ROUNDS", "keep_mask", "philox"]
 
 ROUNDS = 7  # the fewest that pass BigCrush (table 2 of the paper)
+KEYS = 8  # of one counter: each of the four words serves twice, as it is and with its halves exchanged (see `dropout`)
 WORD = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -60,12 +61,14 @@ def keep_mask(
         bool, (*S, queries, keys): True where kept (to be scaled by 1 / (1 - dropout_p)).
     """
     device = heads.device
-    first, last = keys[0] // 4, -(-keys[1] // 4)
+    first, last = keys[0] // KEYS, -(-keys[1] // KEYS)
     group = torch.arange(first, last, device=device)
     row = torch.arange(*queries, device=device).view(-1, 1)
     key = (seed & WORD, (seed >> 32) & WORD)
     words = philox((group, row, heads.view(*heads.shape, 1, 1), torch.zeros_like(group)), key)
     shape = (*heads.shape, queries[1] - queries[0], last - first)
-    word = torch.stack([w.expand(shape) for w in words], -1).flatten(-2)  # (*S, queries, 4 * groups)
-    word = word[..., keys[0] - 4 * first : keys[1] - 4 * first]
+    turned = [((w << 16) | (w >> 16)) & WORD for w in words]
+    both = [w.expand(shape) for pair in zip(words, turned, strict=True) for w in pair]
+    word = torch.stack(both, -1).flatten(-2)  # (*S, queries, KEYS * groups)
+    word = word[..., keys[0] - KEYS * first : keys[1] - KEYS * first]
     return (word >> 8) >= round(dropout_p * 2**24)

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from fusion_kernels import cpu, reference
-from fusion_kernels.op import ATTENTION, force
+from fusion_kernels.choice import force
+from fusion_kernels.op import ATTENTION
 from fusion_kernels.program import SCORE, Capture, Node, Program, apply, const, index, load
+from fusion_kernels.sdpa import Form, form
 
 B_, H_, Q, K = (index(n) for n in "bhqk")
 ZERO = const(0)
@@ -54,16 +56,16 @@ def run(program: Program, inputs: list[torch.Tensor], captures: list[torch.Tenso
 
 
 FORMS = {
-    "score": (Program(SCORE), cpu.Form(1.0, False, None)),
-    "scaled": (Program(op("div", op("mul", 2.0, SCORE), 8.0)), cpu.Form(0.25, False, None)),
-    "causal": (Program(op("where", CAUSAL, SCALED, -math.inf)), cpu.Form(0.25, True, None)),
-    "causal, the other way": (Program(op("where", op("gt", K, Q), LOWEST, SCALED)), cpu.Form(0.25, True, None)),
-    "causal, negated": (Program(op("where", op("not", op("lt", Q, K)), SCALED, -1e9)), cpu.Form(0.25, True, None)),
-    "mask": (Program(op("where", KEEP, SCALED, -1e9), BOOL), cpu.Form(0.25, False, op("where", KEEP, 0.0, -math.inf))),
-    "added": (Program(op("add", ADDED, SCALED), FLOAT), cpu.Form(0.25, False, ADDED)),
+    "score": (Program(SCORE), Form(1.0, False, None)),
+    "scaled": (Program(op("div", op("mul", 2.0, SCORE), 8.0)), Form(0.25, False, None)),
+    "causal": (Program(op("where", CAUSAL, SCALED, -math.inf)), Form(0.25, True, None)),
+    "causal, the other way": (Program(op("where", op("gt", K, Q), LOWEST, SCALED)), Form(0.25, True, None)),
+    "causal, negated": (Program(op("where", op("not", op("lt", Q, K)), SCALED, -1e9)), Form(0.25, True, None)),
+    "mask": (Program(op("where", KEEP, SCALED, -1e9), BOOL), Form(0.25, False, op("where", KEEP, 0.0, -math.inf))),
+    "added": (Program(op("add", ADDED, SCALED), FLOAT), Form(0.25, False, ADDED)),
     "both": (
         Program(op("where", op("and", CAUSAL, KEEP), SCALED, -math.inf), BOOL),
-        cpu.Form(0.25, True, op("where", KEEP, 0.0, -math.inf)),
+        Form(0.25, True, op("where", KEEP, 0.0, -math.inf)),
     ),
 }
 OTHERS = {
@@ -80,12 +82,12 @@ OTHERS = {
 @pytest.mark.parametrize("name", FORMS)
 def test_what_aten_computes(name: str) -> None:
     program, expected = FORMS[name]
-    assert cpu.form(program) == expected
+    assert form(program) == expected
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_aten_does_not_compute(name: str) -> None:
-    assert cpu.form(OTHERS[name]) is None
+    assert form(OTHERS[name]) is None
 
 
 @pytest.mark.parametrize("name", FORMS)

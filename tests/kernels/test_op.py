@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from fusion_kernels import op as ops
 from fusion_kernels import reference
-from fusion_kernels.op import ATTENTION, ATTENTION_BACKWARD, force, kernel_for
+from fusion_kernels.choice import force, kernel_for
+from fusion_kernels.op import ATTENTION, ATTENTION_BACKWARD
 from fusion_kernels.program import SCORE, Capture, Node, Program, apply, const, index, load, param
 from torch._subclasses import FakeTensorMode
 
@@ -228,7 +229,7 @@ def test_kernel_for_and_force() -> None:
         assert kernel_for("cpu", single, single, CAUSAL) == "dense"
         with force("aten"):
             assert kernel_for("cpu", single, single, CAUSAL) == "aten-cpu"
-    message = "fusion_kernels: no implementation 'flash'; there are triton, aten, tiled, dense"
+    message = "fusion_kernels: no implementation 'flash'; there are triton, cudnn, aten, tiled, dense"
     with pytest.raises(ValueError, match=message), force("flash"):
         pass
     assert kernel_for("cpu", single, single, softcap) == "tiled"

@@ -182,13 +182,14 @@ def keep_mask(seed: int, s: Shape, p: float) -> torch.Tensor:
         high = a_high * x_high + (first >> 16) + (second >> 16) + (middle >> 16)
         return high & low, (middle & 0xFFFF) << 16 | (a_low * x_low & 0xFFFF)
 
-    c = [k // 4, q, bh, torch.zeros_like(k)]
+    c = [k // 8, q, bh, torch.zeros_like(k)]
     key = [seed & low, seed >> 32 & low]
     for _ in range(7):
         (high0, low0), (high1, low1) = multiply(0xD2511F53, c[0]), multiply(0xCD9E8D57, c[2])
         c = [high1 ^ c[1] ^ key[0], low1, high0 ^ c[3] ^ key[1], low0]
         key = [key[0] + 0x9E3779B9 & low, key[1] + 0xBB67AE85 & low]
-    word = torch.stack(c, -1).gather(-1, (k % 4)[..., None])[..., 0]
+    word = torch.stack(c, -1).gather(-1, (k % 8 // 2)[..., None])[..., 0]
+    word = torch.where(k % 2 == 0, word, (word & 0xFFFF) << 16 | word >> 16)  # the odd key of a pair: halves exchanged
     return ((word >> 8) >= round(p * 2**24)).view(s.batch, s.heads, s.n, s.m)
 
 
@@ -208,7 +209,9 @@ def dense(
         Box((0, batch), (0, heads), (0, n), (0, m)), {"B": batch, "H": heads, "N": n, "M": m},
         captures, case.params, own, q.device, score=s.to(own),
     )  # fmt: skip
-    weights = torch.softmax(evaluate([case.program.root], env)[0].expand(batch, heads, n, m), -1).to(dtype)
+    x_ = evaluate([case.program.root], env)[0].expand(batch, heads, n, m)
+    empty = (x_ == -math.inf).all(-1, keepdim=True) & case.program.zero_rows
+    weights = torch.softmax(x_.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0).to(dtype)
     if keep is not None:
         weights = weights * keep / (1 - p) if p < 1 else weights * 0
     out = weights @ v.repeat_interleave(group, 1)
