@@ -1,15 +1,11 @@
 """The Triton kernels on the CPU, through Triton's interpreter, beside eager in float64.
 
-Triton decides when it is imported whether its functions are compiled or interpreted, and other tests of the same pytest
-process may need the compiled ones: everything here runs in one worker process that is started with TRITON_INTERPRET=1.
+Everything here runs in the worker process of conftest.py.
 bf16 is left to the GPU tests: the interpreter's bf16 products are wrong.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -20,21 +16,6 @@ NAMES = [
     "alibi", "softcap", "padding", "bias", "own bias", "lowest mask", "relative", "key factor", "row factor", "documents",
     "offset", "math",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def worker() -> Iterator[ProcessPoolExecutor]:
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"  # read by the child only: Triton is not imported here because of it
-    try:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            pool.submit(int).result()
-            yield pool
-    finally:
-        if before is None:
-            del os.environ["TRITON_INTERPRET"]
-        else:
-            os.environ["TRITON_INTERPRET"] = before
 
 
 def compare(name: str, shape: tuple[int, ...], dtype: str, options: dict[str, Any]) -> list[tuple[str, float, float, float]]:
