@@ -16,7 +16,9 @@ from typing import Any
 import sympy
 import torch
 
-__all__ = ["Axes", "Div", "Mod", "expr_of", "merge_index", "same"]
+from .sizes import sizes_of, whole
+
+__all__ = ["Axes", "Div", "Mod", "expr_of", "merge_index", "same", "whole"]
 
 
 class Div(sympy.Function):
@@ -36,23 +38,12 @@ class Mod(sympy.Function):
 
 
 def expr_of(value: Any) -> sympy.Expr:
-    """The sympy expression of an int, a SymInt, or an expression already."""
+    """The normal form of an int, a SymInt, or an expression already."""
     if isinstance(value, sympy.Expr):
         return value
     if isinstance(value, torch.SymInt):
-        expr = sympy.sympify(value.node.expr)
-        return expr if expr.is_Symbol else expr.replace(_is_quotient, _exact)
+        return sizes_of(value.node.shape_env).normal(value.node.expr)
     return sympy.Integer(int(value))
-
-
-def _is_quotient(expr: sympy.Expr) -> bool:
-    return type(expr).__name__ in ("FloorDiv", "CleanDiv")
-
-
-def _exact(expr: sympy.Expr) -> sympy.Expr:
-    """``(s * s) // s`` is s: torch leaves such quotients of sizes as they are."""
-    quotient = sympy.cancel(expr.args[0] / expr.args[1])
-    return quotient if sympy.fraction(quotient)[1] == 1 else expr
 
 
 def same(a: sympy.Expr, b: sympy.Expr) -> bool:
@@ -224,4 +215,4 @@ def _divides(a: sympy.Expr, b: sympy.Expr) -> bool:
     quotient = sympy.cancel(b / a)
     if quotient.is_number:
         return bool(quotient > 1)
-    return sympy.fraction(quotient)[1] == 1
+    return whole(quotient)

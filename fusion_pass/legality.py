@@ -57,7 +57,7 @@ def _at_most(size: sympy.Expr, limit: int, shadow: Shadow) -> bool:
     if size.is_Integer:
         return int(size) <= limit
     shape_env = shadow.values[0].tensor.fake_mode.shape_env  # pyright: ignore[reportAttributeAccessIssue]
-    return bool(shape_env.evaluate_expr(sympy.Le(size, limit)))
+    return bool(shape_env.evaluate_expr(sympy.Le(shadow.plain(size), limit)))
 
 
 def _check_writes(shadow: Shadow, match: Match, scores: Scores) -> None:

@@ -205,18 +205,18 @@ class Splicer:
         inputs = [n for n in self.gm.graph.nodes if n.op == "placeholder"]
         for node in inputs:
             value = meta_value(node)
-            if isinstance(value, torch.SymInt) and expr_of(value).is_Symbol:
-                found.setdefault(expr_of(value), (node, None))  # pyright: ignore[reportArgumentType]
+            if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
+                found.setdefault(value.node.expr, (node, None))
         for node in inputs:
             value = meta_value(node)
             for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
-                if expr_of(size).is_Symbol:
-                    found.setdefault(expr_of(size), (node, dim))  # pyright: ignore[reportArgumentType]
+                if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                    found.setdefault(size.node.expr, (node, dim))
         return found
 
     def size(self, expr: Any) -> int | torch.fx.Node:
         """A size expression as a node over the graph's inputs; plain numbers stay numbers."""
-        expr = sympy.sympify(expr)
+        expr = self.shadow.plain(sympy.sympify(expr))
         if expr.is_Integer:
             return int(expr)
         if expr.is_Symbol:

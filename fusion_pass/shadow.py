@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 import torch.fx.node
 from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[reportMissingImports]
@@ -25,6 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .site import Reason, Refused
+from .sizes import sizes_of
 
 __all__ = ["Record", "Shadow", "Value", "meta_value", "trace"]
 
@@ -103,6 +105,11 @@ class Shadow:
     def written_between(self, value: Value, start: int, end: float) -> bool:
         """Whether the storage of `value` is written after `start` and before `end`."""
         return any(start < w < end for w in self.writes.get(_storage(value.tensor), ()))
+
+    def plain(self, size: sympy.Expr) -> sympy.Expr:
+        """A size over the graph's own symbols, for whoever computes it: see `Sizes.normal` for the form that is compared."""
+        shape_env = self.values[0].tensor.fake_mode.shape_env  # pyright: ignore[reportAttributeAccessIssue]
+        return size if shape_env is None else sizes_of(shape_env).plain(size)
 
 
 def meta_value(node: torch.fx.Node) -> Any:
