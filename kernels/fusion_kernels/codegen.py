@@ -27,7 +27,7 @@ from typing import Any
 
 from . import tiles
 from .derivative import vjp
-from .program import Node, Program, apply, const, rebuild, size
+from .program import Node, Program, apply, const, rebuild
 from .source import Writer, axes, function, index_axes
 
 __all__ = ["Phase", "Table", "aux_arguments", "bounds", "gradient_arguments", "key_mask", "phase"]
@@ -226,9 +226,6 @@ def _plain_indices(node: Node, loads: _Loads) -> str | None:
     return "".join(names) if len(set(names)) == len(names) else None
 
 
-_EVERYTHING = {over: tiles.Bounds(const(0), size(n), const(0), size(n)) for over, n in (("k", "M"), ("q", "N"))}
-
-
 @lru_cache(maxsize=1024)
 def bounds(program: Program, over: str, keys: bool = False) -> Any:
     """The device function of `tiles.kv_bounds` (over="k") or `tiles.q_bounds` (over="q"), or None if nothing can be skipped.
@@ -239,7 +236,7 @@ def bounds(program: Program, over: str, keys: bool = False) -> Any:
     keys = keys and tiles.key_mask(program) is not None
     if found is None and not keys:
         return None
-    found = found or _EVERYTHING[over]
+    found = found or tiles.no_bounds(program, over)
     writer = Writer(program, fast_bfloat16=False)
     names = writer.write(found.lo, found.hi, found.full_lo, found.full_hi)
     result = ", ".join(f"tl.cast({n}, tl.int32)" for n in names)

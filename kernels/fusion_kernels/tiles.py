@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from .masks import Split, key_split, split
-from .program import Node, Program, apply
+from .program import Node, Program, apply, const, size
 from .ranges import Solver
 
-__all__ = ["Bounds", "fill", "full_program", "key_mask", "kv_bounds", "q_bounds"]
+__all__ = ["Bounds", "fill", "full_program", "key_mask", "kv_bounds", "no_bounds", "q_bounds"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,12 @@ def _live(program: Program) -> Node:
 def _splits(program: Program, keys: bool) -> list[Split]:
     parts = [split(program.root), key_split(_live(program)) if keys else None]
     return [p for p in parts if p is not None]
+
+
+def no_bounds(program: Program, over: str) -> Bounds:
+    """The bounds over "k" or "q" where none are known: everything may be alive, and is where there is no structure at all."""
+    end = size("M" if over == "k" else "N")
+    return Bounds(const(0), end, const(0), end if split(program.root) is None else const(0))
 
 
 @lru_cache(maxsize=1024)

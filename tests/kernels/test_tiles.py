@@ -8,7 +8,7 @@ import pytest
 import torch
 from fusion_kernels.evaluate import Box, Environment, evaluate, integer
 from fusion_kernels.program import SCORE, Capture, Node, Program, apply, const, index, load, param, size
-from fusion_kernels.tiles import Bounds, fill, full_program, kv_bounds, q_bounds
+from fusion_kernels.tiles import Bounds, fill, full_program, key_mask, kv_bounds, no_bounds, q_bounds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -214,6 +214,101 @@ def test_blocks_and_prefix_are_tight(n: int, c: int, tile: int, data: st.DataObj
         every = live[first : last + 1].all(0).nonzero().flatten().tolist()
         assert list(range(lo, hi)) == some
         assert list(range(full_lo, full_hi)) == every
+
+
+# ---------------------------------------------------------------- masks of whole keys, as tensors have them
+
+
+@st.composite
+def padded_scores(draw: st.DrawFn) -> Node:
+    """A score masked by positions, by tensors along k (captures 1 and 2), or by both in one predicate."""
+    x = draw(st.one_of(st.just(op("mul", SCORE, 0.125)), scores()))
+    for _ in range(draw(st.integers(1, 3))):
+        pad = load(1, "bool", [index("h"), K])
+        ids = load(2, "int", [K])
+        keys = draw(st.sampled_from([pad, op("not", pad), op("ne", ids, 0), op("lt", K, ids), op("and", pad, op("gt", ids, 2))]))
+        p, c = draw(predicate), draw(mask_value)
+        form = draw(st.integers(0, 6))
+        if form == 0:
+            x = op("where", keys, x, c)
+        elif form == 1:
+            x = op("where", op("and", p, keys), x, c)
+        elif form == 2:
+            x = op("where", op("or", op("not", p), op("not", keys)), c, x)
+        elif form == 3:
+            x = op("add", x, op("where", op("and", keys, p), 0.0, LOWEST))
+        elif form == 4:
+            x = op("add", x, op("mul", op("sub", 1.0, op("to_float", keys)), LOWEST))
+        elif form == 5:  # neither decides by itself
+            x = op("where", op("or", p, keys), x, c)
+        else:
+            x = op("where", p, op("where", keys, x, c), c)
+    return x
+
+
+@settings(max_examples=200, deadline=None)
+@given(padded_scores(), st.integers(1, 40), st.integers(1, 40), small, st.integers(0, 2))
+def test_a_dead_key_is_dead_for_every_row(root: Node, n: int, m: int, p0: int, h: int) -> None:
+    program = Program(root, (Capture("bool", 2), Capture("bool", 2), Capture("int", 1)), 1)
+    mask = key_mask(program)
+    free = full_program(program, keys=True)
+    if mask is None:
+        assert free is full_program(program) or free.root is full_program(program).root
+        assert fill(program, keys=True) == fill(program)
+        return
+    generator = torch.Generator().manual_seed(0)
+    data = [torch.rand(n, m, generator=generator) < 0.5, torch.rand(3, m, generator=generator) < 0.6]
+    data.append(torch.randint(0, m + 1, (m,), generator=generator))
+    score = torch.randn(1, 1, n, m, generator=generator)
+
+    def values(node: Node) -> torch.Tensor:
+        box = Box((0, 1), (h, h + 1), (0, n), (0, m))
+        env = Environment(box, {"B": 1, "H": 3, "N": n, "M": m}, data, [p0], torch.float32, score.device, score=score)
+        return torch.as_tensor(evaluate([node], env)[0]).expand(1, 1, n, m)[0, 0]
+
+    alive, value = values(mask), values(program.root)
+    assert torch.equal(alive, alive[:1].expand(n, m)), "a key is dead for all rows or for none"
+    assert bool((value[~alive] <= fill(program, keys=True)).all())
+    bounds = kv_bounds(program) or no_bounds(program, "k")
+    sizes, indices = {"B": 1, "H": 3, "N": n, "M": m}, {"b": 0, "h": h, "q0": 0, "q1": n - 1}
+    full = [clamp(x, sizes, p0, indices, m) for x in (bounds.full_lo, bounds.full_hi)]
+    inside = torch.zeros(n, m, dtype=torch.bool)
+    inside[:, full[0] : full[1]] = True
+    both = inside & alive
+    torch.testing.assert_close(values(free.root)[both], value[both], rtol=0, atol=0, equal_nan=True)
+
+
+def test_padding_is_found_in_the_ways_that_it_is_written() -> None:
+    pad, x = load(0, "bool", [index("b"), K]), op("mul", SCORE, 0.125)
+    length = op("lt", K, load(1, "int", [index("b")]))
+    both = op("and", CAUSAL, pad)
+    for root, mask in (
+        (op("where", pad, x, -math.inf), pad),
+        (op("where", op("not", pad), -1e9, x), pad),
+        (op("add", x, op("where", both, 0.0, LOWEST)), pad),
+        (op("where", CAUSAL, op("where", pad, x, -1e9), -math.inf), pad),
+        (op("where", length, x, -math.inf), length),
+        (op("where", op("and", both, length), x, -math.inf), op("and", pad, length)),
+    ):
+        program = Program(root, (Capture("bool", 2), Capture("int", 1)))
+        assert key_mask(program) is mask
+        assert full_program(program, keys=True).root is x
+    assert fill(Program(op("where", CAUSAL, op("where", pad, x, -1e9), -math.inf)), keys=True) > -1.1e9
+
+
+@pytest.mark.parametrize(
+    "root",
+    [
+        op("where", load(0, "bool", [Q, K]), SCORE, -math.inf),  # not of whole keys
+        op("where", op("eq", load(1, "int", [Q]), load(1, "int", [K])), SCORE, -math.inf),
+        op("where", op("gt", SCORE, op("to_float", load(1, "int", [K]))), SCORE, -math.inf),
+        op("where", op("or", CAUSAL, op("ne", load(1, "int", [K]), 0)), SCORE, -math.inf),  # a prefix: causal keys stay
+        op("where", op("ne", load(1, "int", [K]), 0), SCORE, -10.0),  # not a mask: exp(-10) counts
+        op("where", op("lt", K, 5), SCORE, -math.inf),  # structure knows it
+    ],
+)
+def test_what_no_tensor_decides_for_whole_keys(root: Node) -> None:
+    assert key_mask(Program(root, (Capture("bool", 2), Capture("int", 1)))) is None
 
 
 # ---------------------------------------------------------------- particular promises
