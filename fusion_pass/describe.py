@@ -106,6 +106,17 @@ class Describer:
         """One view down, where gradients flow through it."""
         return None if self.cut(value) else source_index(self.axes, value, index)
 
+    def beyond(self, node: Node) -> Node:
+        """What is read where gradients stop, as if they did not: for asking what values are equal."""
+        while node.op == "value" and self.cut(value := self.shadow.values[node.attr[0]]):  # pyright: ignore
+            index = node.attr[1]  # pyright: ignore
+            below = source_index(self.axes, value, index)
+            new = self.element(*below) if below is not None else self._computed(value, index)
+            if new is node:
+                break
+            node = new
+        return node
+
     def leaf(self, value: Value, index: Index) -> Node:
         kind = "bool" if value.dtype == torch.bool else "float" if value.dtype.is_floating_point else "int"
         return Node.make("value", attr=(value.id, tuple(index)), kind=kind)
@@ -117,8 +128,11 @@ class Describer:
         step = self.step(value, index)
         if step is not None:
             return self.element(*step)
+        return self.leaf(value, index) if self.cut(value) else self._computed(value, index)
+
+    def _computed(self, value: Value, index: tuple[sympy.Expr, ...]) -> Node:
         record = value.record
-        if record is None or value.dtype.is_complex or self.cut(value):
+        if record is None or value.dtype.is_complex:
             return self.leaf(value, index)
         if record.op in PRODUCTS:
             return self.product(record, index)

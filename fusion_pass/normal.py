@@ -1,20 +1,34 @@
-"""The normal form of a softmax: hand-written spellings become one ``softmax`` node.
+"""The normal form of a softmax: hand-written spellings become one ``softmax`` node, and what a softmax does not see goes.
 
-Rules, each an identity of IEEE arithmetic too, up to rounding; c is the largest x_k of the row. Any other shift stays in the
-scores: where it is -inf or NaN (the mean of a masked row), x - c is NaN and the softmax of x is not.
+Rules, each an identity of IEEE arithmetic too, up to rounding; c is the largest x_k of the row, a > 0 a number:
 
-    exp(x_r - c) / sum_k exp(x_k - c)        = softmax(x)_r
-    exp(x_r - c) * (1 / sum_k exp(x_k - c))  = softmax(x)_r
-    exp(x_r - logsumexp_k(x_k))              = softmax(x)_r
-    exp(log_softmax(x)_r)                    = softmax(x)_r
+    exp(x_r) / sum_k exp(x_k)        = softmax(x)_r
+    exp(x_r) * (1 / sum_k exp(x_k))  = softmax(x)_r
+    exp(x_r - logsumexp_k(x_k))      = softmax(x)_r
+    exp(log_softmax(x)_r)            = softmax(x)_r
+    softmax(x - c)                   = softmax(x)
+    softmax(a (x - c))               = softmax(a x)
+
+The shift, where values are not finite.  A row of -inf has c = -inf, and x - c is NaN throughout: so is its softmax.  A row
+with +inf or NaN has such a c; x - c is NaN at that place, and one NaN makes the whole row NaN.  With a < 0 it would not: a x
+turns +inf into -inf, which a softmax takes for a masked key.
+
+The shift, in the backward.  The gradient of a softmax with respect to its scores, ds = p (dp - sum_k p dp), sums to 0 over
+the row.  c has -sum_k ds (times a) for its gradient, which is 0 whichever of several equal maxima it goes to, and whether c
+was detached or not.
+
+No other shift goes.  The mean of a row with a masked key is -inf, and any tensor may hold an infinity: x - c is NaN there,
+the softmax of x is not.
 """
 
 from __future__ import annotations
 
-import sympy
-from fusion_kernels.program import Node
+import math
 
-from .describe import DETACHING, Describer
+import sympy
+from fusion_kernels.program import Node, apply
+
+from .describe import Describer
 
 __all__ = ["as_softmax"]
 
@@ -27,7 +41,10 @@ def as_softmax(d: Describer, node: Node, position: sympy.Symbol) -> Node | None:
     if node.op == "narrowed":
         return None
     if node.op == "softmax":
-        return node
+        axis, _, zero_rows = node.attr  # pyright: ignore[reportGeneralTypeIssues]
+        if zero_rows:
+            return node  # a row of -inf gives 0 there, and NaN once it is shifted
+        return Node.make("softmax", _unshifted(d, node.args[0], axis), attr=node.attr, kind="float")
     if node.op == "exp" and node.args[0].op == "log_softmax":
         inner = node.args[0]
         return Node.make("softmax", *inner.args, attr=inner.attr, kind="float")
@@ -57,18 +74,32 @@ def _matched(d: Describer, at: Node, body: Node, axis: sympy.Symbol, position: s
     """softmax of `body` over `axis`, if `at` is `body` with the axis at `position`."""
     if d.substitute(body, {axis: position}) is not at:
         return None
-    while body.op == "sub" and _is_row_maximum(d, body.args[1], body.args[0], axis):
-        body = body.args[0]  # softmax(x - max x) = softmax(x), in rows of -inf, with +inf and with NaN as well
-    return Node.make("softmax", body, attr=(axis, position, False), kind="float")
+    return Node.make("softmax", _unshifted(d, body, axis), attr=(axis, position, False), kind="float")
+
+
+def _unshifted(d: Describer, body: Node, axis: sympy.Symbol) -> Node:
+    """`body` without the row maxima that are subtracted from it along `axis`."""
+    if body.op == "sub" and _is_row_maximum(d, body.args[1], body.args[0], axis):
+        return _unshifted(d, body.args[0], axis)
+    if body.op == "narrowed":
+        inner = _unshifted(d, body.args[0], axis)
+        return body if inner is body.args[0] else inner
+    if body.op in ("mul", "div") and _is_positive(body.args[1]):
+        inner = _unshifted(d, body.args[0], axis)
+        return body if inner is body.args[0] else apply(body.op, inner, body.args[1])
+    if body.op == "mul" and _is_positive(body.args[0]):
+        inner = _unshifted(d, body.args[1], axis)
+        return body if inner is body.args[1] else apply("mul", body.args[0], inner)
+    return body
+
+
+def _is_positive(node: Node) -> bool:
+    return node.op == "const" and 0 < node.attr < math.inf  # pyright: ignore[reportOperatorIssue]
 
 
 def _is_row_maximum(d: Describer, node: Node, body: Node, axis: sympy.Symbol) -> bool:
-    """Whether `node` is the largest value of `body` along `axis`, detached or not: the softmax's gradient sums to zero."""
-    while node.op == "value":
-        value, index = d.shadow.values[node.attr[0]], node.attr[1]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
-        if value.record is None or value.record.op not in DETACHING:
-            return False
-        node = d.element(value.record.args[0], index)
+    """Whether `node` is the largest value of `body` along `axis`, whether gradients flow through it or not."""
+    node = d.beyond(node)
     if node.op != "amax":
         return False
     return d.substitute(node.args[0], {node.attr[0]: axis}) is body  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]

@@ -69,7 +69,7 @@ class _Writer:
         for node in postorder(self.m.body):
             if node.op in REDUCTIONS and has_score(node):
                 raise Refused(
-                    Reason.NOT_EXPRESSIBLE, f"a {node.op} over the scores inside the softmax", "a pointwise function of q.k"
+                    Reason.NOT_EXPRESSIBLE, f"{node.op} over the scores inside the softmax", "a pointwise function of q.k"
                 )
             if node.op == "dropout":
                 raise Refused(Reason.NOT_EXPRESSIBLE, "dropout of the scores before the softmax", "dropout after the softmax")

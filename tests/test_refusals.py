@@ -194,10 +194,43 @@ def scores_normalised_by_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @refused(Reason.NOT_EXPRESSIBLE)
-def scores_minus_their_maximum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Harmless (softmax does it again), but the maximum of a row is no function of one score."""
+def scores_minus_their_mean(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Harmless where every score is finite; the mean of a row with -inf is -inf, and the row then NaN."""
+    scores = scores_of(q, k).masked_fill(torch.ones(17, 17, dtype=torch.bool).triu(1), -torch.inf)
+    return (scores - scores.mean(-1, keepdim=True).detach()).softmax(-1) @ v
+
+
+@refused(Reason.NOT_EXPRESSIBLE)
+def scores_minus_twice_their_maximum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = scores_of(q, k)
-    return (scores - scores.amax(-1, keepdim=True).detach()).softmax(-1) @ v
+    return (scores - 2 * scores.amax(-1, keepdim=True)).softmax(-1) @ v
+
+
+@refused(Reason.NOT_EXPRESSIBLE)
+def scores_minus_the_largest_of_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = scores_of(q, k)
+    return (scores - scores.amax()).softmax(-1) @ v
+
+
+@refused(Reason.NOT_EXPRESSIBLE)
+def maximum_minus_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A row with +inf: NaN here; -scores has a masked key there."""
+    scores = scores_of(q, k)
+    return (scores.amax(-1, keepdim=True) - scores).softmax(-1) @ v
+
+
+@refused(Reason.NOT_EXPRESSIBLE)
+def function_of_shifted_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = scores_of(q, k)
+    return (scores - scores.amax(-1, keepdim=True)).tanh().softmax(-1) @ v
+
+
+@refused(Reason.NOT_EXPRESSIBLE)
+def fill_after_the_shift(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The fill is not shifted with the scores."""
+    scores = scores_of(q, k)
+    scores = scores - scores.amax(-1, keepdim=True)
+    return scores.masked_fill(torch.ones(17, 17, dtype=torch.bool).triu(1), -1.0).softmax(-1) @ v
 
 
 @refused(OPAQUE)

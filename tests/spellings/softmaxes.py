@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusion_pass.site import Reason
-from spellings.table import qkv, spelling, t
+from spellings.table import keep, qkv, spelling, t
 
 
 @spelling(*qkv(), refused=Reason.SOFTMAX_DIM)
@@ -96,6 +96,41 @@ def hand_written_unsqueeze(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) 
 def hand_written_logsumexp(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     scores = q @ k.mT * (0.5 if twin else 0.25)
     return torch.exp(scores - torch.logsumexp(scores, dim=-1, keepdim=True)) @ v
+
+
+@spelling(*qkv(n=63), refused=Reason.NOT_EXPRESSIBLE, dynamic=True)
+def shifted_by_the_maximum(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
+    """A softmax does not see it; the twin takes the maximum over the queries, which it does."""
+    scores = q @ k.mT * 0.25
+    return (scores - scores.amax(2 if twin else 3, keepdim=True)).softmax(-1) @ v
+
+
+@spelling(*qkv(n=129), keep(2, 1, 129, 129), refused=Reason.NOT_EXPRESSIBLE, against="eager")
+def shifted_by_the_maximum_of_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool = False) -> Tensor:
+    """Row 7 has no key: NaN, as without the shift. The twin's shift is the mean, -inf in every row with a masked key."""
+    mask = mask & (torch.arange(129, device=q.device)[:, None] != 7)
+    scores = (q @ k.mT * 0.25).masked_fill(~mask, -torch.inf)
+    shift = scores.mean(-1, keepdim=True) if twin else scores.max(-1, keepdim=True)[0].detach()
+    return F.softmax(scores - shift, dim=-1) @ v
+
+
+@spelling(*qkv(n=63), dtype=torch.float16, refused=Reason.NOT_EXPRESSIBLE)
+def cogview(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
+    """CogView, LayoutLMv3: scores held small in fp16 until their maximum is gone. The twin turns the sign around."""
+    alpha = 32.0
+    scaled = (q / (alpha * 4.0)) @ k.mT
+    with torch.no_grad():
+        top = scaled.amax(-1).unsqueeze(-1)
+    return F.softmax((scaled - top) * (-alpha if twin else alpha), dim=-1) @ v
+
+
+@spelling(*qkv(n=63), refused=Reason.NOT_EXPRESSIBLE)
+def shifted_twice(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
+    """By the maximum before and in a softmax written by hand; the twin shifts by the smallest score of all."""
+    scores = q @ k.mT * 0.25
+    scores = scores - (scores.amin() if twin else scores.max(-1, True).values)
+    e = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return (e / e.sum(-1, keepdim=True)) @ v
 
 
 @spelling(*qkv(n=63))
