@@ -28,7 +28,20 @@ from typing import Any
 import torch
 
 from . import codegen, configs
-from .arguments import Blocks, allows_tf32, check, describable, on_device, parts, precision, split, strides, tiles_of, traits
+from .arguments import (
+    Blocks,
+    allows_tf32,
+    check,
+    describable,
+    on_device,
+    parts,
+    precision,
+    split,
+    strides,
+    tiles_of,
+    traits,
+    two_loops,
+)  # fmt: skip
 from .backward_kernels import dkdv_tiles, dq_tiles
 from .backward_rows import deep_rows, delta_rows
 from .backward_table import table_tiles
@@ -104,7 +117,7 @@ def attention_backward(
     plan = _plans.get(key)
     if plan is None:
         plan = _plans[key] = _plan(
-            do, q, k, v, captures, program, dropout_p, out, lse, needs, dq, dk, dv, dcaptures, dkdv_tile, dq_tile
+            do, q, k, v, captures, params, program, dropout_p, out, lse, needs, dq, dk, dv, dcaptures, dkdv_tile, dq_tile
         )
     seed = seed if dropout_p > 0 else None
     with on_device(q):
@@ -137,9 +150,10 @@ def _run(
 
 
 def _plan(
-    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Sequence[torch.Tensor], program: Program,
-    dropout_p: float, out: torch.Tensor, lse: torch.Tensor, needs: Sequence[bool], dq: torch.Tensor, dk: torch.Tensor,
-    dv: torch.Tensor, dcaptures: Sequence[torch.Tensor | None], dkdv_tile: configs.Tile | None, dq_tile: configs.Tile | None,
+    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Sequence[torch.Tensor], params: Sequence[int],
+    program: Program, dropout_p: float, out: torch.Tensor, lse: torch.Tensor, needs: Sequence[bool], dq: torch.Tensor,
+    dk: torch.Tensor, dv: torch.Tensor, dcaptures: Sequence[torch.Tensor | None], dkdv_tile: configs.Tile | None,
+    dq_tile: configs.Tile | None,
 ) -> _Plan:  # fmt: skip
     check(q, k, v)
     B, H, N, D = q.shape
@@ -184,24 +198,26 @@ def _plan(
     dropout = (threshold(dropout_p), keep_scale(dropout_p))
     tile = dkdv_tile or configs.backward_dkdv(N, M, D0 + D1, V0 + V1, q.dtype, kind)
     full = found.full if found.q_bounds is not None else masked
-    tma = tile.tma and whole and describable(q, do)
+    tma = tile.tma and N >= configs.SHORT and whole and describable(q, do)
+    two = two_loops(program, "q", (B, H, N, M), params, tile.block_n, tile.block_m)
     constants = (
         qs, ks, vs, gs, dk.stride(), dv.stride(), *sizes, *dropout, found.q_bounds,
         masked.score, masked.factor, masked.deep, masked.dscore, masked.dfactor / full.dfactor,
         full.score, full.factor, full.deep, full.dscore, full.dfactor,
-        dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align, *dims, tile.block_m, tile.block_n, mode, tma,
+        two, dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align, *dims, tile.block_m, tile.block_n, mode, tma,
     )  # fmt: skip
     dkdv = Launch(dkdv_tiles, tiles_of(M, tile.block_n) * B * kv_heads, constants, tile.warps, tile.stages)
     dkdv_tma = (Blocks(q, tile.block_m, D0), Blocks(do, tile.block_m, V0)) if tma else None
 
     tile = dq_tile or configs.backward_dq(N, M, D0 + D1, V0 + V1, q.dtype, kind)
     full = found.full if found.kv_bounds is not None else masked
-    tma = tile.tma and whole and describable(k, v)
+    tma = tile.tma and M >= configs.SHORT and whole and describable(k, v)
+    two = two_loops(program, "k", (B, H, N, M), params, tile.block_m, tile.block_n)
     constants = (
         qs, ks, vs, gs, dq.stride(), *sizes, *dropout, found.kv_bounds,
         masked.score, masked.factor, masked.deep, masked.dscore, masked.dfactor / full.dfactor, masked.captures,
         full.score, full.factor, full.deep, full.dscore, full.captures, full.dfactor,
-        dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align, *dims, tile.block_m, tile.block_n, mode, tma,
+        two, dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align, *dims, tile.block_m, tile.block_n, mode, tma,
     )  # fmt: skip
     dq_launch = Launch(dq_tiles, tiles_of(N, tile.block_m) * B * H, constants, tile.warps, tile.stages)
     dq_tma = (Blocks(k, tile.block_n, D0), Blocks(v, tile.block_n, V0)) if tma else None

@@ -84,7 +84,7 @@ def dkdv_tiles(
     BOUNDS: tl.constexpr, SCORE: tl.constexpr, FACTOR: tl.constexpr, DEEP: tl.constexpr, DSCORE: tl.constexpr,
     DRATIO: tl.constexpr, FULL_SCORE: tl.constexpr, FULL_FACTOR: tl.constexpr, FULL_DEEP: tl.constexpr,
     FULL_DSCORE: tl.constexpr, DFACTOR: tl.constexpr,
-    DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, ALIGN: tl.constexpr,
+    TWO_LOOPS: tl.constexpr, DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -144,20 +144,25 @@ def dkdv_tiles(
             every = tl.load(flags + b * H + h) != 0  # some row of this head gives its masked keys a share
             first = tl.where(every, 0, first)
             last = tl.where(every, tl.cdiv(N, BLOCK_M), last)
-            full_first = tl.where(every, 0, full_first)
-            full_last = tl.where(every, 0, full_last)
-        dk0, dk1, dv0, dv1 = _dkdv_loop(
-            dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_head, do_head, base + row, level + row, delta + row, q_strides, do_strides,
-            b, h, k_start, k_ok, sizes, aux, seed, limit, scale, full_first, 0, 0, full_last - full_first,
-            FULL_SCORE, FULL_FACTOR, FULL_DEEP, FULL_DSCORE, 1.0, False, DROPOUT,
-            D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
-        )  # fmt: skip
+            if TWO_LOOPS:
+                full_first = tl.where(every, 0, full_first)
+                full_last = tl.where(every, 0, full_last)
+            else:
+                full_first = first
+                full_last = first
+        if TWO_LOOPS:
+            dk0, dk1, dv0, dv1 = _dkdv_loop(
+                dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_head, do_head, base + row, level + row, delta + row, q_strides, do_strides,
+                b, h, k_start, k_ok, sizes, aux, seed, limit, scale, full_first, 0, 0, full_last - full_first,
+                FULL_SCORE, FULL_FACTOR, FULL_DEEP, FULL_DSCORE, 1.0, False, DROPOUT,
+                D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
+            )  # fmt: skip
         if not (BOUNDS is None and EVEN_N):
             jump = full_last - full_first
             dk0, dk1, dv0, dv1 = _dkdv_loop(
                 dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_head, do_head, base + row, level + row, delta + row, q_strides, do_strides,
                 b, h, k_start, k_ok, sizes, aux, seed, limit, scale, first, full_first - first, jump, last - first - jump,
-                SCORE, FACTOR, DEEP, DSCORE, DRATIO, True, DROPOUT,
+                SCORE, FACTOR, DEEP, DSCORE, DRATIO, not EVEN_N, DROPOUT,
                 D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
             )  # fmt: skip
 
@@ -229,7 +234,7 @@ def dq_tiles(
     BOUNDS: tl.constexpr, SCORE: tl.constexpr, FACTOR: tl.constexpr, DEEP: tl.constexpr, DSCORE: tl.constexpr,
     DRATIO: tl.constexpr, CAPTURES: tl.constexpr, FULL_SCORE: tl.constexpr, FULL_FACTOR: tl.constexpr,
     FULL_DEEP: tl.constexpr, FULL_DSCORE: tl.constexpr, FULL_CAPTURES: tl.constexpr, DFACTOR: tl.constexpr,
-    DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, ALIGN: tl.constexpr,
+    TWO_LOOPS: tl.constexpr, DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -286,21 +291,26 @@ def dq_tiles(
         every = tl.load(flags + b * H + h) != 0
         first = tl.where(every, 0, first)
         last = tl.where(every, tl.cdiv(M, BLOCK_N), last)
-        full_first = tl.where(every, 0, full_first)
-        full_last = tl.where(every, 0, full_last)
-    dq0, dq1 = _dq_loop(
-        dq0, dq1, q0, q1, do0, do1, k, v, row_base, row_level, row_delta, k_strides, v_strides,
-        b, h, kv_head, q_start, q_ok, sizes, aux, daux, seed, limit, scale, full_first, 0, 0, full_last - full_first,
-        FULL_SCORE, FULL_FACTOR, FULL_DEEP, FULL_DSCORE, 1.0, FULL_CAPTURES, False, DROPOUT,
-        D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
-    )  # fmt: skip
+        if TWO_LOOPS:
+            full_first = tl.where(every, 0, full_first)
+            full_last = tl.where(every, 0, full_last)
+        else:
+            full_first = first
+            full_last = first
+    if TWO_LOOPS:
+        dq0, dq1 = _dq_loop(
+            dq0, dq1, q0, q1, do0, do1, k, v, row_base, row_level, row_delta, k_strides, v_strides,
+            b, h, kv_head, q_start, q_ok, sizes, aux, daux, seed, limit, scale, full_first, 0, 0, full_last - full_first,
+            FULL_SCORE, FULL_FACTOR, FULL_DEEP, FULL_DSCORE, 1.0, FULL_CAPTURES, False, DROPOUT,
+            D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
+        )  # fmt: skip
     if not (BOUNDS is None and EVEN_M):
         jump = full_last - full_first
         dq0, dq1 = _dq_loop(
             dq0, dq1, q0, q1, do0, do1, k, v, row_base, row_level, row_delta, k_strides, v_strides,
             b, h, kv_head, q_start, q_ok, sizes, aux, daux, seed, limit, scale,
             first, full_first - first, jump, last - first - jump,
-            SCORE, FACTOR, DEEP, DSCORE, DRATIO, CAPTURES, True, DROPOUT,
+            SCORE, FACTOR, DEEP, DSCORE, DRATIO, CAPTURES, not EVEN_M, DROPOUT,
             D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
         )  # fmt: skip
     store_rows(dq, dq0 * DFACTOR, q_start, N, dq_strides[2], dq_strides[3], 0, D0, D, BLOCK_M)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from fusion_kernels.backward import attention_backward
+from fusion_kernels.configs import Tile
 from fusion_kernels.evaluate import Box, Environment, evaluate
 from fusion_kernels.forward import attention_forward
 from fusion_kernels.program import SCORE, Capture, Node, Program, apply, const, index, load, param
@@ -221,18 +222,23 @@ def dense(
 
 
 def fused(
-    x: Operands, case: Case, captures: list[torch.Tensor], p: float = 0.0, seed: torch.Tensor | None = None
+    x: Operands,
+    case: Case,
+    captures: list[torch.Tensor],
+    p: float = 0.0,
+    seed: torch.Tensor | None = None,
+    tile: Tile | None = None,
 ) -> list[torch.Tensor]:
     """What `dense` gives, from the Triton kernels; every output starts as NaN, so that an unwritten element shows."""
     (batch, heads, n, _), dv = x.q.shape, x.v.shape[3]
     out = torch.full((batch, n, heads, dv), math.nan, dtype=x.v.dtype, device=x.q.device).transpose(1, 2)
     lse = torch.full((batch, heads, n), math.nan, device=x.q.device)
-    attention_forward(x.q, x.k, x.v, captures, case.params, case.program, p, seed, out, lse)
+    attention_forward(x.q, x.k, x.v, captures, case.params, case.program, p, seed, out, lse, tile)
     gradients = [torch.full_like(t, math.nan) for t in (x.q, x.k, x.v)]
     buffers = [torch.zeros(c.shape, device=c.device) if i in case.wrt else None for i, c in enumerate(captures)]
     attention_backward(
         x.do, x.q, x.k, x.v, captures, case.params, case.program, p, seed, out, lse,
-        [i in case.wrt for i in range(len(captures))], *gradients, buffers,
+        [i in case.wrt for i in range(len(captures))], *gradients, buffers, tile, tile,
     )  # fmt: skip
     return [out, *gradients, *(b for b in buffers if b is not None)]
 
@@ -256,7 +262,7 @@ OUTPUTS = ("out", "dq", "dk", "dv", *["capture"] * 9)
 
 
 def compare(
-    name: str, s: Shape, dtype: torch.dtype, device: str, transposed: bool = True, p: float = 0.0
+    name: str, s: Shape, dtype: torch.dtype, device: str, transposed: bool = True, p: float = 0.0, tile: Tile | None = None
 ) -> list[tuple[float, float]]:
     """(error of the kernels, error of eager) for out, dq, dk, dv and each capture's gradient, against eager in float64."""
     torch.manual_seed(0)
@@ -266,7 +272,7 @@ def compare(
     keep = keep_mask(987654321987, s, p).to(device) if p > 0 else None
     exact = dense(x, case, captures, torch.float64, p, keep)
     eager = dense(x, case, captures, dtype, p, keep)
-    ours = fused(x, case, captures, p, torch.tensor(987654321987, device=device) if p > 0 else None)
+    ours = fused(x, case, captures, p, torch.tensor(987654321987, device=device) if p > 0 else None, tile)
     return [(distance(o, e), distance(r, e)) for o, r, e in zip(ours, eager, exact, strict=True)]
 
 
