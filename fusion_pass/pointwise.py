@@ -14,6 +14,7 @@ import sympy
 import torch
 from fusion_kernels.program import Node, apply, const
 
+from .activations import ACTIVATIONS
 from .indexing import expr_of
 from .kinds import cast, power, promote, scalar, sym, to_bool, to_float, to_int
 from .shadow import Record, Value
@@ -169,7 +170,7 @@ def _clamped(x: Node, low: Node | None, high: Node | None) -> Node:
 def _clamp(which: str) -> Rule:
     def rule(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
         x = to_float(_args(d, record, index, 1)[0]) if value.dtype.is_floating_point else _args(d, record, index, 1)[0]
-        bounds = {"clamp": ("min", "max"), "hardtanh": ("min", "max"), "clamp_min": ("min",), "clamp_max": ("max",)}[which]
+        bounds = {"clamp": ("min", "max"), "clamp_min": ("min",), "clamp_max": ("max",)}[which]
         found: dict[str, Node] = {}
         for position, name in enumerate(bounds, start=1):
             given = record.args[position] if len(record.args) > position else record.kwargs.get(name)
@@ -180,31 +181,14 @@ def _clamp(which: str) -> Rule:
     return rule
 
 
-def _gelu(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
-    x = to_float(_args(d, record, index, 1)[0])
-    half = apply("mul", x, const(0.5))
-    if record.kwargs.get("approximate", "none") == "none":  # x/2 (1 + erf(x / sqrt 2))
-        return apply("mul", half, apply("add", apply("erf", apply("mul", x, const(math.sqrt(0.5)))), const(1.0)))
-    cubic = apply("mul", apply("mul", x, apply("mul", x, x)), const(0.044715))
-    inner = apply("mul", apply("add", x, cubic), const(math.sqrt(2 / math.pi)))
-    return apply("mul", half, apply("add", apply("tanh", inner), const(1.0)))
+def _activation(build: Callable[..., Node]) -> Rule:
+    """A function of one node and the numbers (or tensors) that the call gives besides."""
 
+    def rule(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
+        given = [d.arg(x, record, index) if isinstance(x, Value) else x for x in record.args]
+        return build(to_float(given[0]), *given[1:], **record.kwargs)
 
-def _leaky(x: Node, slope: Any) -> Node:
-    x = to_float(x)
-    return apply("where", apply("gt", x, const(0.0)), x, apply("mul", x, to_float(scalar(slope))))
-
-
-def _softplus(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
-    x = to_float(_args(d, record, index, 1)[0])
-    beta, threshold = (float(a) for a in (*record.args[1:], *(1.0, 20.0)[len(record.args) - 1 :]))
-    scaled = apply("mul", x, const(beta))
-    soft = apply(
-        "div",
-        apply("log1p", apply("exp", apply("where", apply("gt", scaled, const(threshold)), const(0.0), scaled))),
-        const(beta),
-    )
-    return apply("where", apply("gt", scaled, const(threshold)), x, soft)
+    return rule
 
 
 def _nan_to_num(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
@@ -354,12 +338,7 @@ RULES: dict[str, Rule] = {
     **{name: _unary(name) for name in _UNARY},
     "reciprocal": _formula(lambda x: apply("div", const(1.0), x)),
     "square": _formula(lambda x: apply("mul", x, x)),
-    "relu": _formula(lambda x: apply("where", apply("le", x, const(0.0)), const(0.0), x)),  # d relu(0) = 0; NaN passes
-    "silu": _formula(lambda x: apply("mul", x, apply("sigmoid", x))),
-    "gelu": _gelu,
-    "leaky_relu": lambda d, r, i, v: _leaky(*_args(d, r, i, 1), slope=r.args[1] if len(r.args) > 1 else 0.01),
-    "hardtanh": _clamp("hardtanh"),
-    "softplus": _softplus,
+    **{name: _activation(build) for name, build in ACTIVATIONS.items()},
     "isnan": _formula(lambda x: apply("isnan", x)),
     "isinf": _formula(lambda x: apply("isinf", x)),
     **{name: _compare(name) for name in ("lt", "le", "gt", "ge", "eq", "ne")},

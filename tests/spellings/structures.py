@@ -273,6 +273,18 @@ def silu_and_gelu(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor
     return (F.silu(s) if twin else F.silu(s) + F.gelu(s) - F.leaky_relu(s, 0.1)).softmax(-1) @ v
 
 
+@spelling(*qkv(n=63), dynamic=False)
+def bounded_activations(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
+    s = scores_of(q, k)
+    return (F.relu6(s + 0.5) + (F.hardtanh(s) if twin else F.hardtanh(s, -0.5, 0.25)) + F.hardsigmoid(s)).softmax(-1) @ v
+
+
+@spelling(*qkv(n=63), dynamic=False)
+def exponential_activations(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
+    s = scores_of(q, k)
+    return (F.elu(s, 1.0 if twin else 0.5) + F.logsigmoid(s) + F.selu(s) - F.celu(s, 0.7) + F.softplus(s, 2)).softmax(-1) @ v
+
+
 @spelling(*qkv(n=63), t(2, 3, 63, 1), t(2, 3, 1, 63))
 def forgetting_gate(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, twin: bool = False) -> Tensor:
     """A decay that is a difference of a row term and a column term, each with a gradient."""
