@@ -39,6 +39,8 @@ def attention(
 
     The score is built in this order: times `scale`, `softcap`, plus `bias`, then everything masked is -inf. A row that
     sees no key is NaN, as in eager PyTorch. Differentiable in q, k, v and every floating-point bias, mask and capture.
+    A tile of keys that `causal`, `window` or a mask over keys alone (padding) hides is skipped: a NaN or infinity in it does not
+    reach the output, where in eager PyTorch 0 * NaN does.
 
     Args:
         q: (B, H, N, D), fp16, bf16 or fp32 (fp64 on a CPU too), any strides; D and Dv at most 256.
