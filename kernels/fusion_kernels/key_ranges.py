@@ -35,7 +35,7 @@ def _chunk(i, b, h, sizes, aux, KEY_MASK: tl.constexpr, BLOCK: tl.constexpr):
     return keys, there, there & KEY_MASK(b, h, keys, there, sizes, aux)
 
 
-@triton.jit(do_not_specialize=["heads", "B", "H", "N", "M"])
+@triton.jit(do_not_specialize=["heads", "B", "H", "N"])
 def _key_ranges(ranges, aux, heads, B, H, N, M, KEY_MASK: tl.constexpr, BLOCK: tl.constexpr):
     """ranges[pid] = (lo, hi, all_lo, all_hi): no key outside [lo, hi) is alive, every key of [all_lo, all_hi) is."""
     pid = tl.program_id(0)
