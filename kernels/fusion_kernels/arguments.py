@@ -166,11 +166,12 @@ def two_loops(
 
 
 def traits(found: Parts, program: Program, dropout_p: float, two_parts: bool) -> configs.Traits:
-    """What the choice of tiles depends on."""
-    loads = [(n.depends_on("q"), n.depends_on("k")) for n in program.loads]
-    work = sum(n.depends_on("score") and n.op not in LEAVES for n in postorder(program.root))
+    """What the choice of tiles depends on. Where padded tiles are skipped, few of those that are left read the mask."""
+    bulk = program if found.key_mask is None else tiles.full_program(program, keys=True)
+    loads = [(n.depends_on("q"), n.depends_on("k")) for n in bulk.loads]
+    work = sum(n.depends_on("score") and n.op not in LEAVES for n in postorder(bulk.root))
     return configs.Traits(
-        masked=found.kv_bounds is not None,
+        masked=tiles.kv_bounds(program) is not None,
         busy=any(map(any, loads)) or work > _BUSY,
         table=any(map(all, loads)),
         dropout=dropout_p > 0,
