@@ -140,6 +140,8 @@ def _fold(op: str, *args: Node) -> Node | None:
             return args[1] if a.attr else args[2]
         if args[1] is args[2]:
             return args[1]
+    if op in ("ge", "lt") and a.op == "index" and is_const[1] and values[1] <= 0:  # type: ignore[operator]
+        return const(op == "ge")  # no index is negative: transformers writes q >= 0 for "no structure"
     if op in ("and", "or") and b is not None:
         for x, other in ((a, b), (b, a)):
             if x.op == "const":

@@ -118,6 +118,7 @@ def test_exact_folds_and_those_that_are_not() -> None:
     assert op("where", op("le", 1, 2), x, SCORE) is x
     assert op("not", op("not", op("le", K, Q))) is op("le", K, Q)
     assert op("and", True, op("le", K, Q)) is op("le", K, Q) and op("or", op("le", K, Q), True) is const(True)
+    assert op("ge", Q, 0) is const(True) and op("lt", K, -3) is const(False) and op("ge", Q, 1).op == "ge"
     assert op("div", 1.0, 0.0).op == "div", "left to IEEE arithmetic"
     for name in ("maximum", "minimum"):
         assert op(name, 1.0, math.nan) is op(name, math.nan, 1.0) is const(math.nan)
