@@ -15,9 +15,9 @@ import sympy
 
 from .describe import PRODUCTS
 from .indexing import expr_of, same
-from .shadow import Record, Shadow, Value
+from .tape import Record, Shadow, Value
 
-__all__ = ["Anchor", "find_anchors", "reaches_product", "readers"]
+__all__ = ["Anchor", "find_anchors", "reaches_product"]
 
 MAX_REACH = 400  # calls between a softmax and its product with values
 
@@ -33,7 +33,7 @@ class Anchor:
 
 def find_anchors(shadow: Shadow) -> list[Anchor]:
     """Every softmax whose result, at its full size, reaches a product."""
-    users = readers(shadow)
+    users = shadow.readers
     anchors = []
     for record in shadow.records:
         if not _is_softmax(record):
@@ -44,18 +44,6 @@ def find_anchors(shadow: Shadow) -> list[Anchor]:
             anchors.append(Anchor(record, *found))
     taken: set[tuple[int, int]] = set()
     return [a for a in anchors if (a.product.seq, a.side) not in taken and not taken.add((a.product.seq, a.side))]
-
-
-def readers(shadow: Shadow) -> dict[Value, list[Record | Value]]:
-    """Who reads a value; a write through an alias makes the new value a reader of the old one."""
-    users: dict[Value, list[Record | Value]] = {}
-    for record in shadow.records:
-        for value in record.inputs():
-            users.setdefault(value, []).append(record)
-    for value in shadow.values:
-        if value.before is not None:
-            users.setdefault(value.before, []).append(value)
-    return users
 
 
 def _is_softmax(record: Record) -> bool:

@@ -7,7 +7,8 @@ a tensor that is loaded.  Leaves beyond those of a score program, all internal t
     sym      an integer expression over axes (attr: sympy)
     value    an element of a tensor (attr: value id, index)
     dot      sum over an axis of a product (attr: record seq, a id, a index, b id, b index, axis)
-    softmax, log_softmax, sum, amax, logsumexp (one arg, attr: bound axis, ...) and dropout (one arg, attr: p, record seq)
+    softmax, log_softmax, sum, amax, logsumexp (one arg, attr: bound axis, ...)
+    dropout (one arg, attr: p, record seq, index), bernoulli (attr: probability of 1, record seq, index)
 """
 
 from __future__ import annotations
@@ -19,12 +20,11 @@ import sympy
 import torch
 from fusion_kernels.program import Node, apply, postorder, rebuild
 
-from . import kinds
+from . import kinds, pointwise, reductions
 from .indexing import Axes, expr_of
 from .kinds import sym
-from .pointwise import RULES
-from .shadow import Record, Shadow, Value
 from .site import Reason, Refused
+from .tape import Record, Shadow, Value
 from .views import source_index
 
 __all__ = ["Describer", "has_score", "sym", "symbols_of"]
@@ -46,7 +46,7 @@ def symbols_of(node: Node) -> set[sympy.Symbol]:
     for n in postorder(node):
         if n.op == "sym":
             found |= n.attr.free_symbols  # pyright: ignore
-        elif n.op in ("value", "dot"):
+        elif n.op in INDEXED:
             for part in n.attr:  # pyright: ignore
                 for e in part if isinstance(part, tuple) else ():
                     found |= e.free_symbols
@@ -56,10 +56,12 @@ def symbols_of(node: Node) -> set[sympy.Symbol]:
     return found - bound
 
 
+INDEXED = frozenset({"value", "dot", "dropout", "bernoulli"})
 REDUCTIONS = frozenset({"softmax", "log_softmax", "sum", "amax", "logsumexp"})
 
 
 DETACHING = frozenset({"detach.default"})
+RULES = {**pointwise.RULES, **reductions.RULES}
 
 
 class Describer:
@@ -188,10 +190,8 @@ class Describer:
         def step(n: Node, args: tuple[Node, ...]) -> Node | None:
             if n.op == "sym":
                 return sym(move(n.attr))
-            if n.op in ("value", "dot") or n.op in REDUCTIONS:
+            if n.op in INDEXED or n.op in REDUCTIONS:
                 return Node.make(n.op, *args, attr=move(n.attr), kind=n.kind)
-            if n.op == "dropout":
-                return Node.make(n.op, *args, attr=n.attr, kind=n.kind)
             return None
 
         return rebuild(node, step)

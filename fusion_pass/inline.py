@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 
 from .indexing import expr_of
 from .rewrite import Splicer
-from .shadow import Shadow, Value
 from .site import Reason, Refused
+from .tape import Shadow, Value
 
 __all__ = ["OPENED", "copy_graph", "inline"]
 

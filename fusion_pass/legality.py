@@ -15,8 +15,8 @@ import torch
 from .indexing import expr_of
 from .match import Match
 from .scores import Scores
-from .shadow import Shadow, Value
 from .site import Reason, Refused
+from .tape import Shadow, Value
 
 __all__ = ["MAX_HEAD_DIM", "check", "profitable"]
 

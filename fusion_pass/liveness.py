@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from torch.fx import Graph, Node
 
-from .shadow import Shadow
+from .tape import Shadow
 
 __all__ = ["live_nodes", "storages_of"]
 

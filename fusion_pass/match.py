@@ -14,30 +14,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import sympy
-import torch
 from fusion_kernels.program import Node, postorder
 
-from .anchors import Anchor, reaches_product, readers
+from .anchors import Anchor
 from .describe import Describer
-from .indexing import Axes, expr_of, same
-from .layout import Step, linear_terms, view_steps
-from .normal import as_softmax
-from .shadow import Record, Shadow, Value
+from .dropout import Draw, check_own_bits
+from .factors import Factor, chain_of, factor
+from .indexing import Axes, expr_of, same, whole
+from .layout import Step, linear_terms
+from .probabilities import find_softmax, written
 from .site import Reason, Refused
-from .views import COPIES, VIEWS, source_index
+from .tape import Record, Shadow, Value
+from .views import VIEWS, source_index
 
-__all__ = ["Factor", "Match", "match"]
-
-
-@dataclass
-class Factor:
-    """q, k or v: a value, the casts and view steps that take it to (B, heads, length, dim)."""
-
-    value: Value
-    casts: list[torch.dtype]
-    steps: list[Step]
-    shape: tuple[sympy.Expr, ...]
-    dtype: torch.dtype
+__all__ = ["Match", "match"]
 
 
 @dataclass
@@ -57,9 +47,13 @@ class Match:
     q: Factor
     k: Factor
     v: Factor
-    dropout_p: float = 0.0
+    draw: Draw | None = None
     zero_rows: bool = False  # torch's safe softmax: a row without a key gives zeros
     walked: set[Value] = field(default_factory=set)  # every value between the factors and the output
+
+    @property
+    def dropout_p(self) -> float:
+        return self.draw.p if self.draw is not None else 0.0
 
 
 def match(shadow: Shadow, anchor: Anchor) -> Match:
@@ -77,25 +71,6 @@ def match(shadow: Shadow, anchor: Anchor) -> Match:
     raise Refused(Reason.LAYOUT, "batch and head dims that are merged and split in ways that do not nest")
 
 
-def _noise(node: Node) -> tuple[float, Node] | None:
-    """``x * (bernoulli(keep) / keep)``, as dropout in place comes to: the rate and x."""
-    if node.op != "mul":
-        return None
-    for x, noise in (node.args, node.args[::-1]):
-        while noise.op.startswith("round_"):
-            noise = noise.args[0]
-        if noise.op == "div" and noise.args[1].op == "const" and noise.args[0].op == "bernoulli":
-            keep = noise.args[0].attr[0]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
-            if abs(keep - noise.args[1].attr) < 1e-6:  # pyright: ignore[reportOperatorIssue]
-                return 1.0 - keep, x
-    return None
-
-
-def _written(value: Value) -> bool:
-    """Whether the value was left by a write that no rule describes (through a view, or by index)."""
-    return value.before is not None or (value.record is not None and value.record.mutates)
-
-
 class _Matcher:
     def __init__(self, shadow: Shadow, anchor: Anchor, splits: dict[str, list[sympy.Expr]]) -> None:
         self.shadow, self.anchor, self.splits = shadow, anchor, splits
@@ -107,6 +82,7 @@ class _Matcher:
         if product.op not in ("bmm.default", "mm.default"):
             raise Refused(Reason.NO_VALUES, f"{product.op} adds to the product with the values", "a plain product")
         output, chain = self._output(product)
+        probabilities, values = product.args[side], product.args[1 - side]
         places = [self._place(f"o{j}", expr_of(s)) for j, s in enumerate(output.shape)]
         index: list[sympy.Expr] = [p[0] for p in places]
         for value in chain:
@@ -124,25 +100,26 @@ class _Matcher:
         self.dim = self.axes.new("e", expr_of(columns))
         key = self.axes.new("r", expr_of(product.args[side].shape[-1 - side]))
         lead = tuple(batch_index)
-        probabilities, values = product.args[side], product.args[1 - side]
         at = (*lead, row, key) if side == 0 else (*lead, key, row)
-        node, dropout_p = self._probabilities(self.d.element(probabilities, at), key)
+        node, draw = find_softmax(self.d, self.anchor, self.d.element(probabilities, at), key)
         self.key, _, zero_rows = node.attr  # pyright: ignore
         body = node.args[0]
         dot = self._score(body)
         q_chain, k_chain = self._factors(dot)
         v_at = (*lead, key, self.dim) if side == 0 else (*lead, self.dim, key)
-        v_chain = self._chain(values, v_at)
+        v_chain = chain_of(self.d, values, v_at)
         new_splits = self._new_splits()
         if new_splits:
             return new_splits
+        if draw is not None:
+            check_own_bits(self.d, draw, [*self.batch, self.query, key])
         inner = dot.attr[5]  # pyright: ignore
         for depth in (-1, 0):  # keys and values before they are repeated for the heads of a group; else as they are given
             batch, heads, kv_heads = self._grouping([k_chain[depth], v_chain[depth]])
             try:
-                q = self._factor("queries", q_chain, (batch, heads, [self.query], [inner]))
-                k = self._factor("keys", k_chain, (batch, kv_heads, [self.key], [inner]))
-                v = self._factor("values", v_chain, (batch, kv_heads, [key], [self.dim]))
+                q = factor(self.axes, "queries", q_chain, (batch, heads, [self.query], [inner]))
+                k = factor(self.axes, "keys", k_chain, (batch, kv_heads, [self.key], [inner]))
+                v = factor(self.axes, "values", v_chain, (batch, kv_heads, [key], [self.dim]))
                 break
             except Refused:
                 if depth == 0:
@@ -165,7 +142,7 @@ class _Matcher:
             q,
             k,
             v,
-            dropout_p,
+            draw,
             zero_rows,
             walked,
         )
@@ -202,9 +179,9 @@ class _Matcher:
             for n in sorted(
                 radices, key=lambda e: (len(e.free_symbols), sympy.default_sort_key(e)) if not e.is_Integer else (0, int(e))
             ):  # type: ignore[misc]
-                if sympy.fraction(sympy.cancel(n / (chain[-1] if chain else 1)))[1] == 1:
+                if whole(sympy.cancel(n / (chain[-1] if chain else 1))):
                     chain.append(n)
-            if chain and sympy.fraction(sympy.cancel(size / chain[-1]))[1] == 1:
+            if chain and whole(sympy.cancel(size / chain[-1])):
                 new[name] = chain
         return {**self.splits, **new} if new else None
 
@@ -274,51 +251,7 @@ class _Matcher:
             steps.append(("reshape", [expr_of(s) for s in output.shape]))
         return steps
 
-    # ------------------------------------------------------------ the probabilities and the scores
-
-    def _probabilities(self, node: Node, key: sympy.Symbol) -> tuple[Node, float]:
-        """Down to the softmax, through casts and one dropout."""
-        dropout_p = 0.0
-        operand = self.anchor.product.args[self.anchor.side]
-        if operand.before is not None:
-            raise Refused(Reason.MUTATION, "the probabilities are written through a view of them", "out-of-place operations")
-        while True:
-            if node.op == "dropout" and dropout_p == 0.0:
-                dropout_p, node = node.attr[0], node.args[0]  # pyright: ignore
-                continue
-            if node.op == "narrowed" and node.attr == operand.dtype:
-                node = node.args[0]
-                continue
-            noise = _noise(node)
-            if noise is not None and dropout_p == 0.0:
-                dropout_p, node = noise
-                continue
-            found = as_softmax(self.d, node, key)
-            if found is None:
-                break
-            position = found.attr[1]  # pyright: ignore
-            if position != key and not (position == 0 and self.axes.sizes[key] == 1):
-                if reaches_product(readers(self.shadow), self.anchor.product.outputs[0]) is not None:
-                    raise Refused(
-                        Reason.PROBABILITIES_EDITED, "a product mixes them over another dim first", "softmax, then the values"
-                    )
-                raise Refused(
-                    Reason.SOFTMAX_DIM,
-                    f"softmax over the dim at {position}",
-                    "softmax over the dim that is summed with the values",
-                )
-            return found, dropout_p
-        if any(_written(self.shadow.values[n.attr[0]]) for n in postorder(node) if n.op == "value"):  # pyright: ignore
-            raise Refused(Reason.MUTATION, "the probabilities are written through a view of them", "out-of-place operations")
-        inside = [n for n in postorder(node) if n.op in ("softmax", "sum", "log_softmax")]
-        if inside:
-            raise Refused(
-                Reason.PROBABILITIES_EDITED,
-                f"{node.op} after the softmax",
-                "at most casts and one dropout between softmax and values",
-            )
-        raise Refused(Reason.PROBABILITIES_EDITED, "the factor of the values is not a softmax of anything that can be read back",
-                      "casts, views and dropout only, between softmax and values")  # fmt: skip
+    # ------------------------------------------------------------ the scores
 
     def _score(self, body: Node) -> Node:
         """The product of queries and keys: reads the keys' axis in one factor, the query axis only in the other."""
@@ -326,8 +259,7 @@ class _Matcher:
         for node in postorder(body):
             if node.op != "dot":
                 continue
-            _, _, a_index, _, b_index, _ = node.attr  # pyright: ignore
-            a, b = (set().union(*(self.axes.of(e) for e in i)) for i in (a_index, b_index))
+            a, b = (self._reads(chain) for chain in self._chains(node))
             if (self.key in a and self.key in b) or (self.query in a and self.query in b):
                 continue
             if self.axes.sizes[self.key] != 1 and self.key not in a | b:
@@ -337,7 +269,7 @@ class _Matcher:
             if self.key in a and self.query in a or self.key in b and self.query in b:
                 continue
             found.append(node)
-        if not found and any(_written(self.shadow.values[n.attr[0]]) for n in postorder(body) if n.op == "value"):  # pyright: ignore
+        if not found and written(self.d, body):
             raise Refused(
                 Reason.MUTATION, "the scores are written through a view of them", "in-place operations on the whole tensor"
             )
@@ -348,43 +280,14 @@ class _Matcher:
     # ------------------------------------------------------------ q, k, v
 
     def _factors(self, dot: Node) -> tuple[list, list]:
+        """The chains of the queries and of the keys."""
+        first, second = self._chains(dot)
+        return (second, first) if self.key in self._reads(first) or self.query in self._reads(second) else (first, second)
+
+    def _chains(self, dot: Node) -> tuple[list, list]:
         _, a, a_index, b, b_index, _ = dot.attr  # pyright: ignore
-        values = self.shadow.values
-        first, second = self._chain(values[a], a_index), self._chain(values[b], b_index)
-        reads = set().union(*(self.axes.of(e) for e in a_index))
-        other = set().union(*(self.axes.of(e) for e in b_index))
-        return (second, first) if self.key in reads or self.query in other else (first, second)
+        return chain_of(self.d, self.shadow.values[a], a_index), chain_of(self.d, self.shadow.values[b], b_index)
 
-    def _chain(self, value: Value, index: Sequence[sympy.Expr]) -> list[tuple[Value, Sequence[sympy.Expr]]]:
-        """Every value on the way down through views and casts, the factor itself first."""
-        links: list[tuple[Value, Sequence[sympy.Expr]]] = [(value, index)]
-        while True:
-            step = self.d.step(*links[-1])
-            if step is None:
-                record = links[-1][0].record
-                if (
-                    record is None
-                    or self.d.cut(links[-1][0])
-                    or record.mutates
-                    or record.op != "_to_copy.default"
-                    or not record.args[0].dtype.is_floating_point
-                ):
-                    return links
-                step = (record.args[0], links[-1][1])
-            links.append(step)
-
-    def _factor(self, what: str, links: list, groups: tuple[list[sympy.Symbol], ...]) -> Factor:
-        """The value below the deepest copy from which views lead to `groups`; further up the chain where there are none."""
-        copies = [i for i, (v, _) in enumerate(links) if v.record is not None and v.record.op in COPIES]
-        start = min(copies[-1] + 1, len(links) - 1) if copies else 0
-        below, above = range(start, len(links)), range(start - 1, -1, -1)
-        held = [i for i in below if links[i][0].node is not None]  # not inside a composite call: nothing is computed twice
-        for i in [*held, *below, *above]:
-            value, index = links[i]
-            steps = view_steps(self.axes, value.shape, index, groups)
-            if steps is None:
-                continue
-            casts = [v.dtype for v, _ in reversed(links[:i]) if v.record is not None and v.record.op == "_to_copy.default"]
-            shape = tuple(sympy.Mul(*(self.axes.sizes[a] for a in g)) for g in groups)
-            return Factor(value, casts, steps, shape, links[0][0].dtype)
-        raise Refused(Reason.LAYOUT, f"{what} read at {tuple(links[0][1])}", "whole dims, merged or split")
+    def _reads(self, chain: list) -> set[sympy.Symbol]:
+        """The axes that a factor really reads: at the end of its chain, for a product reads copies expanded over others."""
+        return set().union(*(self.axes.of(e) for e in chain[-1][1]))

@@ -15,13 +15,15 @@ from fusion_kernels.choice import kernel_for
 
 from . import config, legality
 from .anchors import Anchor, find_anchors
+from .factors import Factor
 from .formula import formula, mask_facts
 from .inline import OPENED, copy_graph, inline
-from .match import Factor, Match, match
+from .match import Match, match
 from .rewrite import Splicer
 from .scores import Number, Scores, scores
-from .shadow import Value, meta_value, trace
+from .shadow import trace
 from .site import AttentionSite, Operand, Reason, Refused, Site, Verdict
+from .tape import Value, meta_value
 
 __all__ = ["run_pass"]
 

@@ -1,4 +1,4 @@
-"""Rules for ATen calls that compute each element by itself (or along one dim): what a score may be made of.
+"""Rules for ATen calls that compute each element by itself: what a score may be made of.
 
 A rule is ``(describer, record, index, value) -> node`` or None where the call is of a form that has no exact description.
 Rules are data: most are one op of the score program.  Floating-point algebra is left alone; integers are sympy.
@@ -17,12 +17,12 @@ from fusion_kernels.program import Node, apply, const
 from .activations import ACTIVATIONS
 from .indexing import expr_of
 from .kinds import cast, power, promote, scalar, sym, to_bool, to_float, to_int
-from .shadow import Record, Value
+from .tape import Record, Value
 
 if TYPE_CHECKING:
     from .describe import Describer
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "Rule", "args_of"]
 
 Rule = Callable[["Describer", Record, Any, Value], "Node | None"]
 
@@ -45,13 +45,13 @@ _INT: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def _args(d: Describer, record: Record, index: Any, count: int) -> list[Node]:
+def args_of(d: Describer, record: Record, index: Any, count: int) -> list[Node]:
     return [d.arg(x, record, index) for x in record.args[:count]]
 
 
 def _arith(op: str, flip: bool = False) -> Rule:
     def rule(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
-        a, b = _args(d, record, index, 2)
+        a, b = args_of(d, record, index, 2)
         alpha = record.args[2] if len(record.args) > 2 else record.kwargs.get("alpha", 1)
         if alpha != 1:
             b = _binary("mul", b, scalar(alpha))
@@ -65,7 +65,7 @@ def _arith(op: str, flip: bool = False) -> Rule:
 
 
 def _div(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
-    a, b = _args(d, record, index, 2)
+    a, b = args_of(d, record, index, 2)
     mode = record.kwargs.get("rounding_mode")
     if mode is not None:
         return _integer_division("floordiv", a, b) if mode == "floor" else None
@@ -80,24 +80,24 @@ def _integer_division(op: str, a: Node, b: Node) -> Node | None:
 
 
 def _division(op: str) -> Rule:
-    return lambda d, record, index, value: _integer_division(op, *_args(d, record, index, 2))
+    return lambda d, record, index, value: _integer_division(op, *args_of(d, record, index, 2))
 
 
 def _unary(op: str) -> Rule:
     def rule(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
-        (a,) = _args(d, record, index, 1)
+        (a,) = args_of(d, record, index, 1)
         return apply(op, a if op in ("neg", "abs") and a.kind == "int" else to_float(a))
 
     return rule
 
 
 def _neg(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
-    (a,) = _args(d, record, index, 1)
+    (a,) = args_of(d, record, index, 1)
     return _binary("sub", const(0), a) if a.kind == "int" else apply("neg", to_float(a))
 
 
 def _formula(build: Callable[[Node], Node]) -> Rule:
-    return lambda d, record, index, value: build(to_float(_args(d, record, index, 1)[0]))
+    return lambda d, record, index, value: build(to_float(args_of(d, record, index, 1)[0]))
 
 
 # ---------------------------------------------------------------- choice and comparison
@@ -114,7 +114,7 @@ def _integral(x: Node) -> Node | None:
 
 def _compare(op: str) -> Rule:
     def rule(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
-        a, b = _args(d, record, index, 2)
+        a, b = args_of(d, record, index, 2)
         if a.kind == b.kind == "bool":
             return {"eq": apply("not", apply("xor", a, b)), "ne": apply("xor", a, b)}.get(op)
         if "bool" in (a.kind, b.kind):  # mask == 0, mask != True and their like
@@ -135,7 +135,7 @@ def _compare(op: str) -> Rule:
 
 def _logic(op: str) -> Rule:
     def rule(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
-        args = _args(d, record, index, 1 if op == "not" else 2)
+        args = args_of(d, record, index, 1 if op == "not" else 2)
         if value.dtype != torch.bool or (record.op.startswith("bitwise") and any(a.kind != "bool" for a in args)):
             return None
         return apply(op, *map(to_bool, args))
@@ -150,11 +150,11 @@ def _select(condition: Node, a: Node, b: Node) -> Node:
 
 
 def _where(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
-    return _select(*_args(d, record, index, 3)) if len(record.args) == 3 else None
+    return _select(*args_of(d, record, index, 3)) if len(record.args) == 3 else None
 
 
 def _masked_fill(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
-    x, mask, fill = _args(d, record, index, 3)
+    x, mask, fill = args_of(d, record, index, 3)
     return _select(mask, cast(fill, value.dtype), x)
 
 
@@ -169,7 +169,7 @@ def _clamped(x: Node, low: Node | None, high: Node | None) -> Node:
 
 def _clamp(which: str) -> Rule:
     def rule(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
-        x = to_float(_args(d, record, index, 1)[0]) if value.dtype.is_floating_point else _args(d, record, index, 1)[0]
+        x = to_float(args_of(d, record, index, 1)[0]) if value.dtype.is_floating_point else args_of(d, record, index, 1)[0]
         bounds = {"clamp": ("min", "max"), "clamp_min": ("min",), "clamp_max": ("max",)}[which]
         found: dict[str, Node] = {}
         for position, name in enumerate(bounds, start=1):
@@ -192,7 +192,7 @@ def _activation(build: Callable[..., Node]) -> Rule:
 
 
 def _nan_to_num(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
-    x = result = to_float(_args(d, record, index, 1)[0])
+    x = result = to_float(args_of(d, record, index, 1)[0])
     limits = torch.finfo(value.dtype)
     given = [
         record.args[i] if len(record.args) > i else record.kwargs.get(n) for i, n in enumerate(("nan", "posinf", "neginf"), 1)
@@ -210,7 +210,7 @@ def _nan_to_num(d: Describer, record: Record, index: Any, value: Value) -> Node 
 def _triangle(op: str, default: int = 0) -> Rule:
     def rule(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
         diagonal = record.args[1] if len(record.args) > 1 else record.kwargs.get("diagonal", default)
-        (x,) = _args(d, record, index, 1)
+        (x,) = args_of(d, record, index, 1)
         keep = apply(op, sym(index[-1]), sym(index[-2] + expr_of(diagonal)))
         zero = {"float": const(0.0), "int": const(0), "bool": const(False)}[x.kind]
         if x.op == "const" and x.kind == "bool":
@@ -240,50 +240,11 @@ def _arange(d: Describer, record: Record, index: Any, value: Value) -> Node | No
     return cast(sym(expr_of(start) + index[0] * expr_of(step)), value.dtype)
 
 
-# ---------------------------------------------------------------- along a dim
-
-
-def _reduction(op: str) -> Rule:
-    """sum, amax and logsumexp over one dim: a bound axis, one arg."""
-
-    def rule(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
-        x = record.args[0]
-        dims = record.args[1] if len(record.args) > 1 else record.kwargs.get("dim")
-        dims = [dims] if isinstance(dims, int) else list(dims or ())
-        if len(dims) != 1 or not x.dtype.is_floating_point or (op == "amax" and value.output != 0):
-            return None
-        dim = dims[0] % len(x.shape)
-        keep = record.args[2] if len(record.args) > 2 else record.kwargs.get("keepdim", False)
-        axis = d.bound_axis(record, x.shape[dim], "k")
-        inner = [*index[:dim], axis, *index[dim + (1 if keep else 0) :]]
-        return Node.make(op, to_float(d.element(x, inner)), attr=(axis, None), kind="float")
-
-    return rule
-
-
-def _softmax(op: str, zero_rows: bool = False) -> Rule:
-    def rule(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
-        x, dim = record.args[0], record.args[1]
-        if not x.shape:
-            return None
-        dim %= len(x.shape)
-        axis = d.bound_axis(record, x.shape[dim], "k")
-        inner = [*index[:dim], axis, *index[dim + 1 :]]
-        return Node.make(op, to_float(d.element(x, inner)), attr=(axis, index[dim], zero_rows), kind="float")
-
-    return rule
-
-
-def _dropout(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
-    if value.output != 0:
-        return None
-    (x,) = _args(d, record, index, 1)
-    p, training = record.args[1], record.args[2]
-    return x if not training or p == 0 else Node.make("dropout", to_float(x), attr=(float(p), record.seq), kind="float")
+# ---------------------------------------------------------------- casts and copies
 
 
 def _to_copy(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
-    (x,) = _args(d, record, index, 1)
+    (x,) = args_of(d, record, index, 1)
     from .describe import has_score
 
     narrow = {torch.float16: "round_float16", torch.bfloat16: "round_bfloat16"}.get(value.dtype)
@@ -329,11 +290,11 @@ RULES: dict[str, Rule] = {
     "true_divide": _div,
     "floor_divide": _division("floordiv"),
     "remainder": _division("mod"),
-    "pow.Tensor_Scalar": lambda d, r, i, v: power(*_args(d, r, i, 2)),
-    "pow.Tensor_Tensor": lambda d, r, i, v: power(*_args(d, r, i, 2)),
-    "pow.Scalar": lambda d, r, i, v: power(*_args(d, r, i, 2)),
-    "maximum": lambda d, r, i, v: _binary("maximum", *_args(d, r, i, 2)),
-    "minimum": lambda d, r, i, v: _binary("minimum", *_args(d, r, i, 2)),
+    "pow.Tensor_Scalar": lambda d, r, i, v: power(*args_of(d, r, i, 2)),
+    "pow.Tensor_Tensor": lambda d, r, i, v: power(*args_of(d, r, i, 2)),
+    "pow.Scalar": lambda d, r, i, v: power(*args_of(d, r, i, 2)),
+    "maximum": lambda d, r, i, v: _binary("maximum", *args_of(d, r, i, 2)),
+    "minimum": lambda d, r, i, v: _binary("minimum", *args_of(d, r, i, 2)),
     "neg": _neg,
     **{name: _unary(name) for name in _UNARY},
     "reciprocal": _formula(lambda x: apply("div", const(1.0), x)),
@@ -361,13 +322,4 @@ RULES: dict[str, Rule] = {
     "fill": _first,
     "copy": _first,
     "_to_copy": _to_copy,
-    "_softmax": _softmax("softmax"),
-    "_safe_softmax": _softmax("softmax", zero_rows=True),
-    "_log_softmax": _softmax("log_softmax"),
-    "amax": _reduction("amax"),
-    "max.dim": _reduction("amax"),
-    "sum.dim_IntList": _reduction("sum"),
-    "logsumexp": _reduction("logsumexp"),
-    "native_dropout": _dropout,
-    "bernoulli.float": lambda d, r, i, v: Node.make("bernoulli", attr=(float(r.args[1]), r.seq), kind="float"),
 }

@@ -16,13 +16,14 @@ import torch.fx.node
 from fusion_kernels.op import ATTENTION
 from torch.utils import _pytree as pytree
 
+from .factors import Factor
 from .indexing import Div, Mod, expr_of
 from .layout import Step
 from .liveness import live_nodes
-from .match import Factor, Match
+from .match import Match
 from .scores import Number, Scores
-from .shadow import Shadow, Value, meta_value
 from .site import Reason, Refused
+from .tape import Shadow, Value, meta_value
 
 __all__ = ["Splicer"]
 
@@ -107,21 +108,26 @@ class Splicer:
         instead = {target: [n for value in reads for n in self._sources(value)]}
         live = live_nodes(self.gm.graph, self.shadow, instead, self.added)
         product = match.dot.attr[0]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
-        scored: set[Value] = set()
-        for record in self.shadow.records:
-            if record.seq == product or (record.seq > product and any(v in scored for v in record.inputs())):
-                scored.update(record.outputs)
+        scored = self.shadow.made_from(product)
         softmax, end = match.anchor.record.seq, match.anchor.product.seq
+        if match.draw is not None:
+            self._check_mask_unused(match, scored, live)
         made = {v: v.record.seq for v in match.walked & scored if v.record is not None and v.record.seq < end}
         for value in sorted(made, key=lambda v: -made[v]):
             if value.node is None or value.node not in live or value.node is target:
                 continue
             late = made[value] >= softmax
-            user = next((u for u in value.node.users if u in live and u is not target), value.node)
-            where = "the graph returns them" if user.op == "output" else f"{user.name} reads them"
+            where = _reader(value.node, live, target)
             if late:
                 raise Refused(Reason.PROBABILITIES_USED, where, "probabilities that only the product with the values reads")
             raise Refused(Reason.SCORES_USED, where, "scores that only the softmax reads")
+
+    def _check_mask_unused(self, match: Match, own: set[Value], live: set[torch.fx.Node]) -> None:
+        """The dropout mask goes with the site: what else reads it would see other bits than the op draws."""
+        assert match.draw is not None
+        for value in sorted(self.shadow.made_from(match.draw.record.seq) - own, key=lambda v: -v.seq):
+            if value.node in live and value.node is not match.output.node:
+                raise Refused(Reason.DROPOUT, _reader(value.node, live, match.output.node), "a mask for each attention")
 
     def _sources(self, value: Value) -> list[torch.fx.Node]:
         """The nodes that making `value` again would read."""
@@ -235,6 +241,11 @@ class Splicer:
         for other in rest:
             first = self.call(operator.mul if expr.is_Pow else fold, first, other)
         return first
+
+
+def _reader(node: torch.fx.Node, live: set[torch.fx.Node], target: torch.fx.Node | None) -> str:
+    user = next((u for u in node.users if u in live and u is not target), node)
+    return "the graph returns them" if user.op == "output" else f"{user.name} reads them"
 
 
 _SIZE_OPS = {

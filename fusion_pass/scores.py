@@ -15,11 +15,11 @@ import torch
 from fusion_kernels import program as p
 from fusion_kernels.program import Capture, Node, Program, apply, const, postorder
 
-from .describe import REDUCTIONS, has_score, symbols_of
+from .describe import INDEXED, REDUCTIONS, has_score, symbols_of
 from .indexing import Div, Mod, expr_of
 from .match import Match
-from .shadow import Value
 from .site import Reason, Refused
+from .tape import Value
 
 __all__ = ["Number", "Scores", "scores"]
 
@@ -134,7 +134,7 @@ class _Writer:
             return self._captured(Number(node.attr), [])  # pyright: ignore
         if self._reads_score(node):
             return apply(node.op, *map(self.write, node.args))
-        if not any(n.op in ("value", "dot", "number", *REDUCTIONS, "dropout") for n in postorder(node)):
+        if not any(n.op == "number" or n.op in INDEXED or n.op in REDUCTIONS for n in postorder(node)):
             return apply(node.op, *map(self.write, node.args))  # made of positions alone
         reads = symbols_of(node)
         if self.m.axis in reads and self.m.query in reads and node.args and node.op not in REDUCTIONS and node.op != "dropout":

@@ -12,10 +12,8 @@ import contextlib
 import operator
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 import torch.fx.node
 from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[reportMissingImports]
@@ -26,99 +24,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .site import Reason, Refused
-from .sizes import sizes_of
+from .tape import Record, Shadow, Value, meta_value, storage_of
 
-__all__ = ["Record", "Shadow", "Value", "meta_value", "trace"]
-
-
-@dataclass(eq=False)
-class Value:
-    """One tensor value: the result of one ATen call, an input of the graph, or what an unseen write left behind."""
-
-    id: int
-    tensor: torch.Tensor  # fake
-    record: Record | None  # None: an input, the result of an opaque node, or a tensor changed through an alias
-    output: int = 0  # which result of the record
-    node: torch.fx.Node | None = None  # the Dynamo node that holds it, None inside a composite call
-    seq: int = 0
-    differentiable: bool = False  # whether something that may need a gradient is read below
-    before: Value | None = None  # what the tensor held before a write through an alias changed it
-
-    def __repr__(self) -> str:
-        return f"Value({self.id}, {tuple(self.shape)}, {self.node or self.record})"
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.tensor.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
-
-
-@dataclass(eq=False)
-class Record:
-    """One ATen call. `args`/`kwargs` hold `Value`s in place of tensors. `op` is the functional name of an in-place call."""
-
-    seq: int
-    func: Any  # torch._ops.OpOverload
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    node: torch.fx.Node  # the Dynamo node that made the call
-    outputs: list[Value] = field(default_factory=list)
-    mutates: bool = False
-    grad: bool = True  # whether grad mode was on
-
-    @property
-    def op(self) -> str:
-        """ "mul.Tensor" for both `aten.mul.Tensor` and `aten.mul_.Tensor`."""
-        packet = self.func.overloadpacket.__name__
-        if self.mutates and packet.endswith("_"):
-            packet = packet[:-1]
-        return f"{packet}.{self.func._overloadname}"
-
-    def __repr__(self) -> str:
-        return f"Record({self.seq}, {self.op}, {self.node})"
-
-    def inputs(self) -> Iterator[Value]:
-        """The tensors whose elements are read: ``zeros_like(x)`` reads none."""
-        if "_like." in self.op or self.op.startswith("new_"):
-            return
-        for leaf in pytree.tree_leaves((self.args, self.kwargs)):
-            if isinstance(leaf, Value):
-                yield leaf
-
-
-@dataclass
-class Shadow:
-    """The tape of one graph."""
-
-    graph: torch.fx.Graph
-    values: list[Value] = field(default_factory=list)
-    records: list[Record] = field(default_factory=list)
-    results: dict[torch.fx.Node, Value] = field(default_factory=dict)  # Dynamo node -> the value that it returns
-    returned: dict[torch.fx.Node, Any] = field(default_factory=dict)  # Dynamo node -> all that it returns (fake)
-    opaque: set[torch.fx.Node] = field(default_factory=set)  # nodes taken as given: the tape did not see what they do
-    writes: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))  # storage -> seq of each write
-    by_node: dict[torch.fx.Node, list[Record]] = field(default_factory=lambda: defaultdict(list))
-
-    def written_between(self, value: Value, start: int, end: float) -> bool:
-        """Whether the storage of `value` is written after `start` and before `end`."""
-        return any(start < w < end for w in self.writes.get(_storage(value.tensor), ()))
-
-    def plain(self, size: sympy.Expr) -> sympy.Expr:
-        """A size over the graph's own symbols, for whoever computes it: see `Sizes.normal` for the form that is compared."""
-        shape_env = self.values[0].tensor.fake_mode.shape_env  # pyright: ignore[reportAttributeAccessIssue]
-        return size if shape_env is None else sizes_of(shape_env).plain(size)
-
-
-def meta_value(node: torch.fx.Node) -> Any:
-    """The fake value of a node: Dynamo keeps it in `example_value`, export and AOTAutograd in `val`."""
-    return node.meta.get("example_value", node.meta.get("val"))
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+__all__ = ["trace"]
 
 
 _OPAQUE_TAGS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
@@ -151,7 +59,7 @@ class _Recorder(TorchDispatchMode):
         self.shadow.values.append(value)
         self.current[id(tensor)] = value
         if tensor.layout == torch.strided:
-            self.aliases[_storage(tensor)][id(tensor)] = tensor
+            self.aliases[storage_of(tensor)][id(tensor)] = tensor
         return value
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -185,7 +93,7 @@ class _Recorder(TorchDispatchMode):
 
     def _note_write(self, tensor: torch.Tensor) -> None:
         """Every other tensor on the storage now holds something that the tape did not see being computed."""
-        storage = _storage(tensor)
+        storage = storage_of(tensor)
         self.shadow.writes[storage].append(self.seq)
         for other in list(self.aliases[storage].values()):
             old = self.current.get(id(other))

@@ -18,6 +18,7 @@ class Reason(enum.Enum):
     PROBABILITIES_USED = "the attention probabilities are used elsewhere"
     PROBABILITIES_EDITED = "the attention probabilities are edited after the softmax"
     SCORES_USED = "the scores are used elsewhere"
+    DROPOUT = "the bits of the dropout mask are not for one probability of one attention each"
     NO_SCORES = "no product of queries and keys under the softmax"
     NO_VALUES = "the softmax does not end in a product with values"
     SOFTMAX_DIM = "the softmax runs over another dim than the keys"

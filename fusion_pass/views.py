@@ -14,7 +14,7 @@ from typing import Any
 import sympy
 
 from .indexing import Axes, expr_of, merge_index
-from .shadow import Record, Value
+from .tape import Record, Value
 
 __all__ = ["COPIES", "VIEWS", "source_index"]
 

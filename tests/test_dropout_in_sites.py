@@ -59,6 +59,21 @@ def checkpointed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return checkpoint(functional, q, k, v, use_reentrant=False)
 
 
+def mask_of_ones(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = (q @ k.mT * 0.25).softmax(-1)
+    return (p * F.dropout(torch.ones_like(p), P)) @ v
+
+
+def mask_by_bernoulli(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = (q @ k.mT * 0.25).softmax(-1)
+    return (p * torch.empty_like(p).bernoulli_(1 - P).div_(1 - P)) @ v
+
+
+def divided_afterwards(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = (q @ k.mT * 0.25).softmax(-1)
+    return (p * torch.bernoulli(torch.full_like(p, 1 - P)) / (1 - P)) @ v
+
+
 class Module(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -74,6 +89,7 @@ def fuse(fn: Callable[..., Any], inner: str = "aot_eager", **options: Any) -> tu
 
 
 PLACES = [functional, aten, in_place, after_cast, before_cast, merged, checkpointed, Module()]
+PLACES += [mask_of_ones, mask_by_bernoulli, divided_afterwards]
 
 
 @pytest.mark.parametrize("fn", PLACES, ids=lambda f: getattr(f, "__name__", "module"))

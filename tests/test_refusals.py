@@ -160,6 +160,65 @@ def probabilities_of_two_products(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tens
     return p @ v, p @ v.square()
 
 
+# ---------------------------------------------------------------- a dropout mask that is not this attention's own
+
+
+def noise_like(p: Tensor) -> Tensor:
+    return torch.empty_like(p).bernoulli_(0.75).div_(0.75)
+
+
+@refused(Reason.DROPOUT, Reason.DROPOUT)
+def mask_of_two_attentions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Fused, each would draw bits of its own."""
+    p = scores_of(q, k).softmax(-1)
+    noise = noise_like(p)
+    return (p * noise) @ v + (scores_of(k, q).softmax(-1) * noise) @ v
+
+
+@refused(Reason.DROPOUT, Reason.DROPOUT)
+def mask_of_ones_of_two_attentions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = scores_of(q, k).softmax(-1)
+    noise = F.dropout(torch.ones_like(p), 0.25)
+    return (p * noise) @ v + (scores_of(k, q).softmax(-1) * noise) @ v
+
+
+@refused(Reason.PROBABILITIES_USED)
+def dropped_probabilities_of_two_products(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    p = F.dropout(scores_of(q, k).softmax(-1), 0.25)
+    return p @ v, p @ v.square()
+
+
+@refused(Reason.DROPOUT)
+def mask_returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    p = scores_of(q, k).softmax(-1)
+    noise = noise_like(p)
+    return (p * noise) @ v, noise
+
+
+@refused(Reason.DROPOUT)
+def mask_shared_by_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (scores_of(q, k).softmax(-1) * noise_like(v.new_empty(2, 1, 17, 17))) @ v
+
+
+@refused(Reason.DROPOUT)
+def whole_queries_dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (scores_of(q, k).softmax(-1) * noise_like(v.new_empty(2, 3, 17, 1))) @ v
+
+
+@refused()
+def dropout_before_the_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One map of attention for three heads, and one mask."""
+    p = F.dropout((q[:, 0] @ k[:, 0].mT * 0.25).softmax(-1), 0.25)
+    return p[:, None].expand(2, 3, 17, 17) @ v
+
+
+@refused(Reason.PROBABILITIES_EDITED)
+def mask_of_another_rate(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Kept at 0.75, divided by 0.5."""
+    p = scores_of(q, k).softmax(-1)
+    return (p * torch.empty_like(p).bernoulli_(0.75).div_(0.5)) @ v
+
+
 # ---------------------------------------------------------------- the scores are used, or are no function of q.k
 
 

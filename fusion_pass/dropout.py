@@ -1,0 +1,89 @@
+"""Dropout of the probabilities: its spellings, and whether the op may draw the mask in their place.
+
+The op draws one bit for each (b, h, q, k). That is what the code means where each probability has an element of the mask of
+its own, and where nothing else reads the mask: not a second attention, not the caller. Spellings, with keep = 1 - p and n a
+draw:
+
+    dropout(x)                            native_dropout, in place or not
+    x * dropout(1)                        a mask of its own, made by dropout
+    x * (n / keep),  x * n / keep         n one with probability keep, else 0: what dropout in place comes to
+"""
+
+# sympy is not typed
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOptionalSubscript=false
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import sympy
+from fusion_kernels.program import Node
+
+from .describe import Describer
+from .indexing import Div, Mod, expr_of
+from .site import Reason, Refused
+from .tape import Record
+
+__all__ = ["Draw", "as_dropout", "check_own_bits"]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One dropout: its rate, the call that draws the mask, and where a probability reads it."""
+
+    p: float
+    record: Record
+    index: tuple[sympy.Expr, ...]
+
+
+def as_dropout(d: Describer, node: Node) -> tuple[Draw, Node] | None:
+    """The draw and what it is applied to, if `node` is a dropout in some spelling."""
+    if node.op == "dropout":
+        return _draw(d, node), node.args[0]
+    if node.op == "div" and node.args[0].op == "mul":  # x * n / keep
+        for x, noise in (node.args[0].args, node.args[0].args[::-1]):
+            if _keeps(noise, node.args[1]):
+                return _draw(d, _unrounded(noise)), x
+    if node.op != "mul":
+        return None
+    for x, noise in (node.args, node.args[::-1]):
+        noise = _unrounded(noise)
+        if noise.op == "dropout" and noise.args[0].op == "const" and noise.args[0].attr == 1.0:
+            return _draw(d, noise), x
+        if noise.op == "div" and _keeps(noise.args[0], noise.args[1]):
+            return _draw(d, _unrounded(noise.args[0])), x
+    return None
+
+
+def _unrounded(node: Node) -> Node:
+    while node.op.startswith("round_"):
+        node = node.args[0]
+    return node
+
+
+def _keeps(noise: Node, keep: Node) -> bool:
+    """Whether `noise` is 1 with the probability `keep`."""
+    noise = _unrounded(noise)
+    return noise.op == "bernoulli" and keep.op == "const" and abs(noise.attr[0] - keep.attr) < 1e-6
+
+
+def _draw(d: Describer, node: Node) -> Draw:
+    rate, seq, index = node.attr
+    record = next(r for r in d.shadow.records if r.seq == seq)
+    return Draw(1.0 - rate if node.op == "bernoulli" else rate, record, index)
+
+
+def check_own_bits(d: Describer, draw: Draw, axes: Iterable[sympy.Symbol]) -> None:
+    """Each element over `axes` has to read an element of the mask that no other reads.
+
+    Raises:
+        Refused: (DROPOUT) one bit of the mask is read for several probabilities.
+    """
+    wanted = {a for a in axes if d.axes.sizes[a] != 1}
+    read = {a for e in draw.index for a in d.axes.of(e)}
+    if wanted <= read and not any(e.has(Div, Mod) for e in draw.index):
+        return
+    shape = tuple(map(expr_of, draw.record.outputs[0].shape))
+    raise Refused(
+        Reason.DROPOUT, f"a mask of shape {shape} is shared by several of them", "dropout of every probability by itself"
+    )
