@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,13 +11,13 @@ from typing import Any
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import codegen, configs, evaluate, tiles
+from . import codegen, configs, tiles
 from .program import LEAVES, Program, postorder
 from .source import INDEX_LIMIT
 
 __all__ = [
     "Blocks", "Parts", "allows_tf32", "check", "describable", "on_device", "parts", "precision", "split", "strides", "tiles_of",
-    "traits", "two_loops",
+    "traits",
 ]  # fmt: skip
 
 _NOWHERE = nullcontext()
@@ -144,25 +143,6 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             raise ValueError(f"fusion_kernels: {name} has head dim {x.shape[3]}; the Triton kernels take at most 256")
         if x.shape[2] > INDEX_LIMIT:
             raise ValueError(f"fusion_kernels: {name} has {x.shape[2]} positions; the Triton kernels take {INDEX_LIMIT}")
-
-
-def two_loops(
-    program: Program, over: str, sizes: tuple[int, int, int, int], params: Sequence[int], rows: int, block: int
-) -> bool:
-    """Whether the tiles that need no mask get a loop of their own, judged by the tile in the middle.
-
-    over: "k" for tiles of `rows` queries that visit blocks of keys, "q" the other way round. sizes: B, H, N, M.
-    """
-    bounds = tiles.kv_bounds(program) if over == "k" else tiles.q_bounds(program)
-    if bounds is None:
-        return True
-    lengths = dict(zip("BHNM", sizes, strict=True))
-    own, other = ("q", "k") if over == "k" else ("k", "q")
-    length, reach = lengths["N" if own == "q" else "M"], lengths["N" if other == "q" else "M"]
-    start = length // 2 // rows * rows
-    indices = {f"{own}0": start, f"{own}1": min(start + rows, length) - 1, "b": sizes[0] // 2, "h": sizes[1] // 2}
-    lo, hi = (evaluate.integer(node, lengths, params, indices) for node in (bounds.lo, bounds.hi))
-    return tiles_of(min(hi, reach), block) - max(lo, 0) // block > configs.FEW_TILES
 
 
 def traits(found: Parts, program: Program, dropout_p: float, two_parts: bool) -> configs.Traits:

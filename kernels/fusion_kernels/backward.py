@@ -28,23 +28,11 @@ from typing import Any
 import torch
 
 from . import codegen, configs
-from .arguments import (
-    Blocks,
-    allows_tf32,
-    check,
-    describable,
-    on_device,
-    parts,
-    precision,
-    split,
-    strides,
-    tiles_of,
-    traits,
-    two_loops,
-)  # fmt: skip
+from .arguments import Blocks, allows_tf32, check, describable, on_device, parts, precision, split, strides, tiles_of, traits
 from .backward_kernels import dkdv_tiles, dq_tiles
 from .backward_rows import deep_rows, delta_rows
 from .backward_table import table_tiles
+from .device import FLAG_ROWS
 from .dropout import keep_scale, threshold
 from .key_ranges import KeyRanges
 from .launch import Launch, Plans, number, signature
@@ -53,7 +41,7 @@ from .program import Program
 __all__ = ["attention_backward"]
 
 _LOG2E = 1.4426950408889634
-_ROWS = 64  # rows a program of the small kernels
+_ROWS = FLAG_ROWS.value  # rows a program of the small kernels
 
 
 @dataclass
@@ -117,7 +105,7 @@ def attention_backward(
     plan = _plans.get(key)
     if plan is None:
         plan = _plans[key] = _plan(
-            do, q, k, v, captures, params, program, dropout_p, out, lse, needs, dq, dk, dv, dcaptures, dkdv_tile, dq_tile
+            do, q, k, v, captures, program, dropout_p, out, lse, needs, dq, dk, dv, dcaptures, dkdv_tile, dq_tile
         )
     seed = seed if dropout_p > 0 else None
     with on_device(q):
@@ -132,13 +120,14 @@ def _run(
     if plan.ranges is not None:
         aux = plan.ranges(aux, lse.device)
     delta = torch.empty_like(lse)
-    flags = torch.zeros(lse.shape[:2], dtype=torch.int32, device=lse.device) if plan.flags else None
-    plan.delta(do, out, lse, delta, flags)
+    flags = lse.new_empty((*lse.shape[:2], tiles_of(lse.shape[2], _ROWS)), dtype=torch.int32) if plan.flags else None
+    words = lse.new_empty((2, *lse.shape), dtype=torch.int32) if seed is not None else None
+    plan.delta(do, out, lse, delta, flags, seed, words)
     base, level = lse, lse
     if plan.deep is not None:
         base, level = torch.empty_like(lse), torch.empty_like(lse)
         plan.deep(q, k, lse, base, level, aux)
-    rows = (base, level, delta, flags, seed, aux)
+    rows = (base, level, delta, flags, lse if words is None else words, aux)
     tma = plan.dkdv_tma
     queries, gradients = (tma[0].of(q), tma[1].of(do)) if tma else (q, do)
     plan.dkdv(queries, k, v, gradients, dk, dv, *rows)
@@ -150,10 +139,9 @@ def _run(
 
 
 def _plan(
-    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Sequence[torch.Tensor], params: Sequence[int],
-    program: Program, dropout_p: float, out: torch.Tensor, lse: torch.Tensor, needs: Sequence[bool], dq: torch.Tensor,
-    dk: torch.Tensor, dv: torch.Tensor, dcaptures: Sequence[torch.Tensor | None], dkdv_tile: configs.Tile | None,
-    dq_tile: configs.Tile | None,
+    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Sequence[torch.Tensor], program: Program,
+    dropout_p: float, out: torch.Tensor, lse: torch.Tensor, needs: Sequence[bool], dq: torch.Tensor, dk: torch.Tensor,
+    dv: torch.Tensor, dcaptures: Sequence[torch.Tensor | None], dkdv_tile: configs.Tile | None, dq_tile: configs.Tile | None,
 ) -> _Plan:  # fmt: skip
     check(q, k, v)
     B, H, N, D = q.shape
@@ -172,7 +160,7 @@ def _plan(
     row_grid = tiles_of(N, _ROWS) * B * H
 
     align, (gs, os) = strides(do, out)
-    constants = (gs, os, H, N, floor, flags, align, DV, max(16, 1 << (DV - 1).bit_length()), _ROWS)
+    constants = (gs, os, B, H, N, floor, flags, dropout_p > 0, align, DV, max(16, 1 << (DV - 1).bit_length()))
     delta = Launch(delta_rows, row_grid, constants, warps=4, stages=1)
 
     align, (qs, ks, vs, gs) = strides(q, k, v, do)
@@ -199,12 +187,11 @@ def _plan(
     tile = dkdv_tile or configs.backward_dkdv(N, M, D0 + D1, V0 + V1, q.dtype, kind)
     full = found.full if found.q_bounds is not None else masked
     tma = tile.tma and N >= configs.SHORT and whole and describable(q, do)
-    two = two_loops(program, "q", (B, H, N, M), params, tile.block_n, tile.block_m)
     constants = (
         qs, ks, vs, gs, dk.stride(), dv.stride(), *sizes, *dropout, found.q_bounds,
         masked.score, masked.factor, masked.deep, masked.dscore, masked.dfactor / full.dfactor,
         full.score, full.factor, full.deep, full.dscore, full.dfactor,
-        two, dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align, *dims, tile.block_m, tile.block_n, mode, tma,
+        dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align, *dims, tile.block_m, tile.block_n, mode, tma,
     )  # fmt: skip
     dkdv = Launch(dkdv_tiles, tiles_of(M, tile.block_n) * B * kv_heads, constants, tile.warps, tile.stages)
     dkdv_tma = (Blocks(q, tile.block_m, D0), Blocks(do, tile.block_m, V0)) if tma else None
@@ -212,12 +199,11 @@ def _plan(
     tile = dq_tile or configs.backward_dq(N, M, D0 + D1, V0 + V1, q.dtype, kind)
     full = found.full if found.kv_bounds is not None else masked
     tma = tile.tma and M >= configs.SHORT and whole and describable(k, v)
-    two = two_loops(program, "k", (B, H, N, M), params, tile.block_m, tile.block_n)
     constants = (
         qs, ks, vs, gs, dq.stride(), *sizes, *dropout, found.kv_bounds,
         masked.score, masked.factor, masked.deep, masked.dscore, masked.dfactor / full.dfactor, masked.captures,
         full.score, full.factor, full.deep, full.dscore, full.captures, full.dfactor,
-        two, dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align, *dims, tile.block_m, tile.block_n, mode, tma,
+        dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align, *dims, tile.block_m, tile.block_n, mode, tma,
     )  # fmt: skip
     dq_launch = Launch(dq_tiles, tiles_of(N, tile.block_m) * B * H, constants, tile.warps, tile.stages)
     dq_tma = (Blocks(k, tile.block_n, D0), Blocks(v, tile.block_n, V0)) if tma else None

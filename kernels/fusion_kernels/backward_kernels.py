@@ -7,8 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import LOG2E, dot, dot_pair, load_rows, probability, store_rows, stream_rows, tile_ranges, visited
-from .dropout import keep_tile
+from .device import LOG2E, any_flag, dot, dot_pair, load_rows, probability, store_rows, stream_rows, tile_ranges, visited
+from .dropout import keep, load_words
 
 __all__ = ["dkdv_tiles", "dq_tiles"]
 
@@ -16,7 +16,7 @@ __all__ = ["dkdv_tiles", "dq_tiles"]
 @triton.jit
 def _dkdv_loop(
     dk0, dk1, dv0, dv1,  # (BLOCK_N, D0), (BLOCK_N, D1), (BLOCK_N, V0), (BLOCK_N, V1)
-    k0, k1, v0, v1, q, do, base, level, delta, q_strides, do_strides, b, h, k_start, k_ok, sizes, aux, seed, limit, scale,
+    k0, k1, v0, v1, q, do, base, level, delta, words, q_strides, do_strides, b, h, k_start, k_ok, sizes, aux, limit, scale,
     first, cut, jump, count,
     SCORE: tl.constexpr, FACTOR: tl.constexpr, DEEP: tl.constexpr, DSCORE: tl.constexpr, DRATIO: tl.constexpr,
     TAIL: tl.constexpr, DROPOUT: tl.constexpr,
@@ -54,15 +54,16 @@ def _dkdv_loop(
             do1 = stream_rows(do, do_strides, b, h, start, N, V0, V1, DV, BLOCK_M, TAIL, TMA)
         dropped = p
         if DROPOUT:
-            keep = keep_tile(seed, limit, b * sizes[1] + h, start, k_start, BLOCK_M, BLOCK_N, True)
-            dropped = tl.where(keep, p, 0.0)
+            word0, word1 = load_words(words, rows, tl.cast(sizes[0], tl.int64) * sizes[1] * N, N)
+            kept = keep(word0[None, :], word1[None, :], keys, limit)
+            dropped = tl.where(kept, p, 0.0)
         dropped = dropped.to(do0.dtype)
         dv0 = dot(dropped, do0, dv0, PRECISION)
         if V1 > 0:
             dv1 = dot(dropped, do1, dv1, PRECISION)
         dp = dot_pair(v0, v1, do0, do1, V1 > 0, PRECISION)  # (BLOCK_N, BLOCK_M)
         if DROPOUT:
-            dp = tl.where(keep, dp * scale, 0.0)
+            dp = tl.where(kept, dp * scale, 0.0)
         dx = p * (dp - row_delta[None, :])
         ds = DSCORE(s, dx, b, h, rows[None, :], keys, q_ok, k_ok, sizes, aux)
         if DRATIO != 1.0:
@@ -78,13 +79,13 @@ def _dkdv_loop(
 
 @triton.jit(do_not_specialize=["B", "H", "N", "M", "group", "limit", "scale"])
 def dkdv_tiles(
-    q, k, v, do, dk, dv, base, level, delta, flags, seed, aux,
+    q, k, v, do, dk, dv, base, level, delta, flags, words, aux,
     q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides,
     B, H, N, M, group, limit, scale,
     BOUNDS: tl.constexpr, SCORE: tl.constexpr, FACTOR: tl.constexpr, DEEP: tl.constexpr, DSCORE: tl.constexpr,
     DRATIO: tl.constexpr, FULL_SCORE: tl.constexpr, FULL_FACTOR: tl.constexpr, FULL_DEEP: tl.constexpr,
     FULL_DSCORE: tl.constexpr, DFACTOR: tl.constexpr,
-    TWO_LOOPS: tl.constexpr, DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, ALIGN: tl.constexpr,
+    DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -105,8 +106,6 @@ def dkdv_tiles(
     v += batch * v_strides[0] + head * v_strides[1]
     dk += batch * dk_strides[0] + head * dk_strides[1]
     dv += batch * dv_strides[0] + head * dv_strides[1]
-    if DROPOUT:
-        seed = tl.load(seed)
     if EVEN_M:
         k_ok: tl.constexpr = True
     else:
@@ -141,27 +140,23 @@ def dkdv_tiles(
         else:
             lo, hi, full_lo, full_hi = BOUNDS(k_start, tl.minimum(k_start + BLOCK_N, M) - 1, b, h, sizes, aux)
             first, last, full_first, full_last = tile_ranges(lo, hi, full_lo, full_hi, N, BLOCK_M)
-            every = tl.load(flags + b * H + h) != 0  # some row of this head gives its masked keys a share
+            every = any_flag(flags, b * H + h, N)  # some row of this head gives its masked keys a share
             first = tl.where(every, 0, first)
             last = tl.where(every, tl.cdiv(N, BLOCK_M), last)
-            if TWO_LOOPS:
-                full_first = tl.where(every, 0, full_first)
-                full_last = tl.where(every, 0, full_last)
-            else:
-                full_first = first
-                full_last = first
-        if TWO_LOOPS:
-            dk0, dk1, dv0, dv1 = _dkdv_loop(
-                dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_head, do_head, base + row, level + row, delta + row, q_strides, do_strides,
-                b, h, k_start, k_ok, sizes, aux, seed, limit, scale, full_first, 0, 0, full_last - full_first,
-                FULL_SCORE, FULL_FACTOR, FULL_DEEP, FULL_DSCORE, 1.0, False, DROPOUT,
-                D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
-            )  # fmt: skip
+            full_first = tl.where(every, 0, full_first)
+            full_last = tl.where(every, 0, full_last)
+        dk0, dk1, dv0, dv1 = _dkdv_loop(
+            dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_head, do_head, base + row, level + row, delta + row, words + row,
+            q_strides, do_strides, b, h, k_start, k_ok, sizes, aux, limit, scale, full_first, 0, 0, full_last - full_first,
+            FULL_SCORE, FULL_FACTOR, FULL_DEEP, FULL_DSCORE, 1.0, False, DROPOUT,
+            D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
+        )  # fmt: skip
         if not (BOUNDS is None and EVEN_N):
             jump = full_last - full_first
             dk0, dk1, dv0, dv1 = _dkdv_loop(
-                dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_head, do_head, base + row, level + row, delta + row, q_strides, do_strides,
-                b, h, k_start, k_ok, sizes, aux, seed, limit, scale, first, full_first - first, jump, last - first - jump,
+                dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_head, do_head, base + row, level + row, delta + row, words + row,
+                q_strides, do_strides, b, h, k_start, k_ok, sizes, aux, limit, scale,
+                first, full_first - first, jump, last - first - jump,
                 SCORE, FACTOR, DEEP, DSCORE, DRATIO, not EVEN_N, DROPOUT,
                 D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
             )  # fmt: skip
@@ -177,8 +172,8 @@ def dkdv_tiles(
 @triton.jit
 def _dq_loop(
     dq0, dq1,  # (BLOCK_M, D0), (BLOCK_M, D1)
-    q0, q1, do0, do1, k, v, row_base, row_level, row_delta, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux, daux,
-    seed, limit, scale, first, cut, jump, count,
+    q0, q1, do0, do1, k, v, row_base, row_level, row_delta, word0, word1, k_strides, v_strides, b, h, kv_head, q_start, q_ok,
+    sizes, aux, daux, limit, scale, first, cut, jump, count,
     SCORE: tl.constexpr, FACTOR: tl.constexpr, DEEP: tl.constexpr, DSCORE: tl.constexpr, DRATIO: tl.constexpr,
     CAPTURES: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
@@ -208,8 +203,8 @@ def _dq_loop(
         p = probability(x, row_base[:, None], row_level[:, None], FACTOR * LOG2E, DEEP)
         dp = dot_pair(do0, do1, v0, v1, V1 > 0, PRECISION)
         if DROPOUT:
-            keep = keep_tile(seed, limit, b * sizes[1] + h, q_start, start, BLOCK_M, BLOCK_N, False)
-            dp = tl.where(keep, dp * scale, 0.0)
+            kept = keep(word0[:, None], word1[:, None], keys, limit)
+            dp = tl.where(kept, dp * scale, 0.0)
         dx = p * (dp - row_delta[:, None])
         if TAIL:
             dx = tl.where(k_ok, dx, 0.0)
@@ -229,12 +224,12 @@ def _dq_loop(
 
 @triton.jit(do_not_specialize=["B", "H", "N", "M", "group", "limit", "scale"])
 def dq_tiles(
-    q, k, v, do, dq, base, level, delta, flags, seed, aux, daux, q_strides, k_strides, v_strides, do_strides, dq_strides,
+    q, k, v, do, dq, base, level, delta, flags, words, aux, daux, q_strides, k_strides, v_strides, do_strides, dq_strides,
     B, H, N, M, group, limit, scale,
     BOUNDS: tl.constexpr, SCORE: tl.constexpr, FACTOR: tl.constexpr, DEEP: tl.constexpr, DSCORE: tl.constexpr,
     DRATIO: tl.constexpr, CAPTURES: tl.constexpr, FULL_SCORE: tl.constexpr, FULL_FACTOR: tl.constexpr,
     FULL_DEEP: tl.constexpr, FULL_DSCORE: tl.constexpr, FULL_CAPTURES: tl.constexpr, DFACTOR: tl.constexpr,
-    TWO_LOOPS: tl.constexpr, DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, ALIGN: tl.constexpr,
+    DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -257,8 +252,6 @@ def dq_tiles(
     if not TMA:
         k += batch * k_strides[0] + tl.cast(kv_head, tl.int64) * k_strides[1]
         v += batch * v_strides[0] + tl.cast(kv_head, tl.int64) * v_strides[1]
-    if DROPOUT:
-        seed = tl.load(seed)
     rows = q_start + tl.arange(0, BLOCK_M)
     if EVEN_N:
         q_ok: tl.constexpr = True
@@ -268,6 +261,10 @@ def dq_tiles(
     row_base = tl.load(base + row, mask=rows < N, other=0.0)
     row_level = tl.load(level + row, mask=rows < N, other=0.0)
     row_delta = tl.load(delta + row, mask=rows < N, other=0.0)
+    word0 = rows
+    word1 = rows
+    if DROPOUT:
+        word0, word1 = load_words(words + (batch * H + h) * N, rows, tl.cast(B, tl.int64) * H * N, N)
 
     q0 = load_rows(q, q_start, N, q_strides[2], q_strides[3], 0, D0, D, BLOCK_M, not EVEN_N)
     do0 = load_rows(do, q_start, N, do_strides[2], do_strides[3], 0, V0, DV, BLOCK_M, not EVEN_N)
@@ -288,27 +285,22 @@ def dq_tiles(
     else:
         lo, hi, full_lo, full_hi = BOUNDS(q_start, tl.minimum(q_start + BLOCK_M, N) - 1, b, h, sizes, aux)
         first, last, full_first, full_last = tile_ranges(lo, hi, full_lo, full_hi, M, BLOCK_N)
-        every = tl.load(flags + b * H + h) != 0
+        every = any_flag(flags, b * H + h, N)
         first = tl.where(every, 0, first)
         last = tl.where(every, tl.cdiv(M, BLOCK_N), last)
-        if TWO_LOOPS:
-            full_first = tl.where(every, 0, full_first)
-            full_last = tl.where(every, 0, full_last)
-        else:
-            full_first = first
-            full_last = first
-    if TWO_LOOPS:
-        dq0, dq1 = _dq_loop(
-            dq0, dq1, q0, q1, do0, do1, k, v, row_base, row_level, row_delta, k_strides, v_strides,
-            b, h, kv_head, q_start, q_ok, sizes, aux, daux, seed, limit, scale, full_first, 0, 0, full_last - full_first,
-            FULL_SCORE, FULL_FACTOR, FULL_DEEP, FULL_DSCORE, 1.0, FULL_CAPTURES, False, DROPOUT,
-            D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
-        )  # fmt: skip
+        full_first = tl.where(every, 0, full_first)
+        full_last = tl.where(every, 0, full_last)
+    dq0, dq1 = _dq_loop(
+        dq0, dq1, q0, q1, do0, do1, k, v, row_base, row_level, row_delta, word0, word1, k_strides, v_strides,
+        b, h, kv_head, q_start, q_ok, sizes, aux, daux, limit, scale, full_first, 0, 0, full_last - full_first,
+        FULL_SCORE, FULL_FACTOR, FULL_DEEP, FULL_DSCORE, 1.0, FULL_CAPTURES, False, DROPOUT,
+        D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
+    )  # fmt: skip
     if not (BOUNDS is None and EVEN_M):
         jump = full_last - full_first
         dq0, dq1 = _dq_loop(
-            dq0, dq1, q0, q1, do0, do1, k, v, row_base, row_level, row_delta, k_strides, v_strides,
-            b, h, kv_head, q_start, q_ok, sizes, aux, daux, seed, limit, scale,
+            dq0, dq1, q0, q1, do0, do1, k, v, row_base, row_level, row_delta, word0, word1, k_strides, v_strides,
+            b, h, kv_head, q_start, q_ok, sizes, aux, daux, limit, scale,
             first, full_first - first, jump, last - first - jump,
             SCORE, FACTOR, DEEP, DSCORE, DRATIO, CAPTURES, not EVEN_M, DROPOUT,
             D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,

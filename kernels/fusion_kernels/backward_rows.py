@@ -7,17 +7,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import LOG2E, dot_pair, load_rows
+from .device import FLAG_ROWS, LOG2E, dot_pair, load_rows
+from .dropout import row_words
 
 __all__ = ["deep_rows", "delta_rows"]
 
 
-@triton.jit(do_not_specialize=["H", "N", "floor"])
+@triton.jit(do_not_specialize=["B", "H", "N", "floor"])
 def delta_rows(
-    do, out, lse, delta, flags, do_strides, out_strides, H, N, floor,
-    FLAG: tl.constexpr, ALIGN: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    do, out, lse, delta, flags, seed, words, do_strides, out_strides, B, H, N, floor,
+    FLAG: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """delta[b, h, q] = sum_d do out; flags[b, h] = 1 if a row's log-sum-exp is not above `floor` (its masked keys count)."""
+    """delta[b, h, q] = sum_d do out; and what the kernels after this one ask of each row.
+
+    flags[b, h, tile] = 1 if a row's log-sum-exp is not above `floor` (its masked keys count), else 0: see `any_flag`.
+    words[:, b, h, q] = the two words that decide what dropout keeps.
+    """
+    BLOCK: tl.constexpr = FLAG_ROWS
     q_tiles = tl.cdiv(N, BLOCK)
     pid = tl.program_id(0)
     bh = pid // q_tiles
@@ -33,8 +39,11 @@ def delta_rows(
     tl.store(delta + row, tl.sum(g * o, 1), mask=rows < N)
     if FLAG:
         bad = (rows < N) & ~(tl.load(lse + row, mask=rows < N, other=0.0) > floor)
-        if tl.max(bad.to(tl.int32), 0) > 0:
-            tl.store(flags + bh, 1)
+        tl.store(flags + pid, tl.max(bad.to(tl.int32), 0))
+    if DROPOUT:
+        word0, word1 = row_words(tl.load(seed), bh, rows)
+        tl.store(words + row, word0.to(tl.int32, bitcast=True), mask=rows < N)
+        tl.store(words + tl.cast(B, tl.int64) * H * N + row, word1.to(tl.int32, bitcast=True), mask=rows < N)
 
 
 @triton.jit(do_not_specialize=["B", "H", "N", "M", "group", "floor"])

@@ -12,15 +12,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import LOG2E, dot_pair, load_rows, probability, tile_ranges
-from .dropout import keep_tile
+from .device import LOG2E, any_flag, dot_pair, load_rows, probability, tile_ranges
+from .dropout import keep, load_words
 
 __all__ = ["table_tiles"]
 
 
 @triton.jit(do_not_specialize=["B", "H", "N", "M", "group", "limit", "scale", "offset"])
 def table_tiles(
-    q, k, v, do, base, level, delta, flags, seed, aux, table,
+    q, k, v, do, base, level, delta, flags, words, aux, table,
     q_strides, k_strides, v_strides, do_strides, table_strides, offset, B, H, N, M, group, limit, scale,
     BOUNDS: tl.constexpr, SCORE: tl.constexpr, FACTOR: tl.constexpr, DEEP: tl.constexpr, GRADIENT: tl.constexpr,
     ALL_B: tl.constexpr, ALL_H: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
@@ -49,8 +49,6 @@ def table_tiles(
     own_heads = 1
     if not ALL_H:
         own_heads = H
-    if DROPOUT:
-        seed = tl.load(seed)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in tl.range(0, count):
         b = own // own_heads
@@ -63,7 +61,7 @@ def table_tiles(
         if BOUNDS is not None:
             lo, hi, full_lo, full_hi = BOUNDS(q_start, tl.minimum(q_start + BLOCK_M, N) - 1, b, h, (B, H, N, M), aux)
             first, last, _, _ = tile_ranges(lo, hi, full_lo, full_hi, M, BLOCK_N)
-            live = ((k_tile >= first) & (k_tile < last)) | (tl.load(flags + b * H + h) != 0)
+            live = ((k_tile >= first) & (k_tile < last)) | any_flag(flags, b * H + h, N)
         if live:
             batch = tl.cast(b, tl.int64) * ALIGN
             head = tl.cast(h, tl.int64) * ALIGN
@@ -95,7 +93,8 @@ def table_tiles(
             p = probability(x, row_base[:, None], row_level[:, None], FACTOR * LOG2E, DEEP)
             dp = dot_pair(g0, g1, v0, v1, V1 > 0, PRECISION)
             if DROPOUT:
-                dp = tl.where(keep_tile(seed, limit, b * H + h, q_start, k_start, BLOCK_M, BLOCK_N, False), dp * scale, 0.0)
+                word0, word1 = load_words(words + tl.cast(b * H + h, tl.int64) * N, rows, tl.cast(B, tl.int64) * H * N, N)
+                dp = tl.where(keep(word0[:, None], word1[:, None], keys[None, :], limit), dp * scale, 0.0)
             dx = tl.where(q_ok & k_ok, p * (dp - row_delta[:, None]), 0.0)
             total += GRADIENT(s, dx, b, h, rows[:, None], keys[None, :], q_ok, k_ok, (B, H, N, M), aux)
     place = tl.cast(offset, tl.int64) + tl.cast(own // own_heads, tl.int64) * table_strides[0]

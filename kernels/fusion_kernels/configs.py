@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 __all__ = [
-    "EXACT_FP32", "FEW_KEYS", "FEW_TILES", "SHORT", "Tile", "Traits", "backward_dkdv", "backward_dq", "backward_table", "forward",
+    "EXACT_FP32", "FEW_KEYS", "SHORT", "Tile", "Traits", "backward_dkdv", "backward_dq", "backward_table", "forward",
 ]  # fmt: skip
 
 # Where tf32 is not allowed, fp32 products are three tf32 products on the tensor cores: at most 1.6 times eager's error
@@ -17,10 +17,6 @@ EXACT_FP32 = "tf32x3"
 # With fewer keys than this nobody asks which of them padding hides (`key_ranges`). An estimate, not measured: the question is
 # one more launch, some 5 us, and with so few keys there is hardly as much to save.
 FEW_KEYS = 1024
-
-# A query tile that reaches at most this many key tiles visits them in one loop, all masked: a second loop, for those that need
-# no mask, would have to fill its pipeline anew.
-FEW_TILES = 8
 
 # Shorter sequences are read through pointers: a descriptor for the copy engine costs 5 us of host time at each launch.
 SHORT = 2048

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 
 __all__ = [
+    "FLAG_ROWS",
+    "any_flag",
     "dot",
     "dot_pair",
     "floor_divide",
@@ -154,6 +156,21 @@ def queries_of_keys(k0, k1, lo, hi, full_lo, full_hi, ranges):
 def visited(i, first, cut, jump):
     """The i-th of the tiles first, first + 1, ..., where after `cut` of them `jump` tiles are left out."""
     return first + i + tl.where(i < cut, 0, jump)
+
+
+FLAG_ROWS = tl.constexpr(64)  # rows of one flag
+
+
+@triton.jit
+def any_flag(flags, bh, rows):
+    """Whether a flag of this head is set: one int32 for each FLAG_ROWS rows."""
+    count = tl.cdiv(rows, FLAG_ROWS)
+    flags += tl.cast(bh, tl.int64) * count
+    found = tl.zeros((64,), tl.int32)
+    for i in tl.range(0, tl.cdiv(count, 64)):
+        at = i * 64 + tl.arange(0, 64)
+        found |= tl.load(flags + at, mask=at < count, other=0)
+    return tl.max(found, 0) != 0
 
 
 # ---------------------------------------------------------------- probabilities

@@ -23,22 +23,9 @@ import triton
 import triton.language as tl
 
 from . import codegen, configs
-from .arguments import (
-    Blocks,
-    allows_tf32,
-    check,
-    describable,
-    on_device,
-    parts,
-    precision,
-    split,
-    strides,
-    tiles_of,
-    traits,
-    two_loops,
-)  # fmt: skip
+from .arguments import Blocks, allows_tf32, check, describable, on_device, parts, precision, split, strides, tiles_of, traits
 from .device import LOG2E, dot, dot_pair, load_rows, store_rows, stream_rows, tile_ranges, visited
-from .dropout import keep_scale, keep_tile, threshold
+from .dropout import keep, keep_scale, row_words, threshold
 from .key_ranges import KeyRanges
 from .launch import Launch, Plans, number, signature
 from .program import Program
@@ -49,7 +36,8 @@ __all__ = ["attention_forward"]
 @triton.jit
 def _loop(
     acc0, acc1, peak, total,  # (BLOCK_M, V0), (BLOCK_M, V1), (BLOCK_M,), (BLOCK_M,)
-    q0, q1, k, v, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux, seed, limit, first, cut, jump, count,
+    q0, q1, k, v, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux, word0, word1, limit,
+    first, cut, jump, count,
     SCORE: tl.constexpr, FACTOR: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
@@ -83,7 +71,7 @@ def _loop(
         total = total * decay + tl.sum(p, 1)
         peak = higher
         if DROPOUT:
-            p = tl.where(keep_tile(seed, limit, b * sizes[1] + h, q_start, start, BLOCK_M, BLOCK_N, False), p, 0.0)
+            p = tl.where(keep(word0[:, None], word1[:, None], keys[None, :], limit), p, 0.0)
         v0 = stream_rows(v, v_strides, b, kv_head, start, M, 0, V0, DV, BLOCK_N, TAIL, TMA)
         p = p.to(v0.dtype)
         acc0 = dot(p, v0, acc0 * decay[:, None], PRECISION)
@@ -98,7 +86,7 @@ def _forward(
     q, k, v, out, lse, seed, aux, q_strides, k_strides, v_strides, out_strides, B, H, N, M, group, limit, scale, revisit,
     BOUNDS: tl.constexpr, SCORE: tl.constexpr, FACTOR: tl.constexpr, WIDE: tl.constexpr,
     FULL_SCORE: tl.constexpr, FULL_FACTOR: tl.constexpr, FULL_WIDE: tl.constexpr,
-    TWO_LOOPS: tl.constexpr, REVISIT: tl.constexpr, ZERO_ROWS: tl.constexpr, DROPOUT: tl.constexpr,
+    REVISIT: tl.constexpr, ZERO_ROWS: tl.constexpr, DROPOUT: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
@@ -119,9 +107,11 @@ def _forward(
         k += tl.cast(b, tl.int64) * k_strides[0] + tl.cast(kv_head, tl.int64) * k_strides[1]
         v += tl.cast(b, tl.int64) * v_strides[0] + tl.cast(kv_head, tl.int64) * v_strides[1]
     out += tl.cast(b, tl.int64) * out_strides[0] + tl.cast(h, tl.int64) * out_strides[1]
-    if DROPOUT:
-        seed = tl.load(seed)
     rows = q_start + tl.arange(0, BLOCK_M)
+    word0 = rows
+    word1 = rows
+    if DROPOUT:
+        word0, word1 = row_words(tl.load(seed), b * H + h, rows)
     if EVEN_N:
         q_ok: tl.constexpr = True
     else:
@@ -144,16 +134,12 @@ def _forward(
     else:
         lo, hi, full_lo, full_hi = BOUNDS(q_start, tl.minimum(q_start + BLOCK_M, N) - 1, b, h, sizes, aux)
         first, last, full_first, full_last = tile_ranges(lo, hi, full_lo, full_hi, M, BLOCK_N)
-        if not TWO_LOOPS:
-            full_first = first
-            full_last = first
 
-    if TWO_LOOPS:
-        acc0, acc1, peak, total = _loop(
-            acc0, acc1, peak, total, q0, q1, k, v, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux, seed, limit,
-            full_first, 0, 0, full_last - full_first, FULL_SCORE, FULL_FACTOR, FULL_WIDE, False, DROPOUT,
-            D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
-        )  # fmt: skip
+    acc0, acc1, peak, total = _loop(
+        acc0, acc1, peak, total, q0, q1, k, v, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux,
+        word0, word1, limit, full_first, 0, 0, full_last - full_first, FULL_SCORE, FULL_FACTOR, FULL_WIDE, False, DROPOUT,
+        D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
+    )  # fmt: skip
     if not (BOUNDS is None and EVEN_M):
         cut = full_first - first
         jump = full_last - full_first
@@ -171,7 +157,7 @@ def _forward(
                     first = 0
             acc0, acc1, peak, total = _loop(
                 acc0, acc1, peak, total, q0, q1, k, v, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux,
-                seed, limit, first, cut, jump, count, SCORE, FACTOR, WIDE, not EVEN_M, DROPOUT,
+                word0, word1, limit, first, cut, jump, count, SCORE, FACTOR, WIDE, not EVEN_M, DROPOUT,
                 D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
             )  # fmt: skip
 
@@ -225,7 +211,7 @@ def attention_forward(
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
-        plan = _plans[key] = _plan(q, k, v, captures, params, program, dropout_p, out, tile)
+        plan = _plans[key] = _plan(q, k, v, captures, program, dropout_p, out, tile)
     tma = plan.tma
     keys, values = (tma[0].of(k), tma[1].of(v)) if tma else (k, v)
     aux = codegen.aux_arguments(program, captures, params)
@@ -247,8 +233,8 @@ _plans: dict[Any, _Plan] = Plans()
 
 
 def _plan(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Sequence[torch.Tensor], params: Sequence[int],
-    program: Program, dropout_p: float, out: torch.Tensor, tile: configs.Tile | None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Sequence[torch.Tensor], program: Program, dropout_p: float,
+    out: torch.Tensor, tile: configs.Tile | None,
 ) -> _Plan:  # fmt: skip
     check(q, k, v)
     B, H, N, D = q.shape
@@ -259,12 +245,11 @@ def _plan(
     (D0, D1), (V0, V1) = split(D, q.dtype), split(DV, q.dtype)
     tile = tile or configs.forward(N, M, D0 + D1, V0 + V1, q.dtype, traits(found, program, dropout_p, D1 + V1 > 0))
     align, (qs, ks, vs, os) = strides(q, k, v, out)
-    two = two_loops(program, "k", (B, H, N, M), params, tile.block_m, tile.block_n)
     tma = tile.tma and M >= configs.SHORT and D1 == 0 and V1 == 0 and describable(k, v)
     constants = (
         qs, ks, vs, os, B, H, N, M, H // k.shape[1], threshold(dropout_p), keep_scale(dropout_p), found.floor,
         found.kv_bounds, masked.score, masked.factor, masked.wide, full.score, full.factor, full.wide,
-        two, found.revisit, program.zero_rows, dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align,
+        found.revisit, program.zero_rows, dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align,
         D, D0, D1, DV, V0, V1, tile.block_m, tile.block_n, precision(q.dtype), tma,
     )  # fmt: skip
     launch = Launch(_forward, tiles_of(N, tile.block_m) * B * H, constants, tile.warps, tile.stages)

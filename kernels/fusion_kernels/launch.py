@@ -16,6 +16,9 @@ from triton.runtime.errors import OutOfResources
 
 __all__ = ["Launch", "Plans", "number", "signature"]
 
+# Kernels count on x * y - z to be one rounding. Triton 3.9 warns where that is not asked for, and 3.10 will not do it unasked.
+OPTIONS = {"enable_fp_fusion": True}
+
 
 class Launch:
     """A kernel with its grid and its constant arguments, for one key; called with the arguments that change."""
@@ -39,7 +42,7 @@ class Launch:
         """Compiles and launches; on a device with less shared memory than the measured one, with fewer tiles in flight."""
         for stages in range(self.stages, 0, -1):
             try:
-                return self.kernel[self.grid](*arguments, *self.constants, num_warps=self.warps, num_stages=stages)
+                return self.kernel[self.grid](*arguments, *self.constants, num_warps=self.warps, num_stages=stages, **OPTIONS)
             except OutOfResources:
                 if stages == 1:
                     raise

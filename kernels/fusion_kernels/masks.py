@@ -73,12 +73,13 @@ def _upper(node: Node, args: list[float | None]) -> float | None:
         return 1.0
     known = [a for a in args if a is not None]
     if node.op == "minimum":
-        return min(known, default=None)
+        return min(known, default=None) if all(map(_ordinary, node.args)) else None
     if node.op == "add" and len(known) == 1:
-        return known[0] if known[0] <= ABSORBING else None
+        return known[0] if known[0] <= ABSORBING and all(map(_ordinary, node.args)) else None
     if node.op == "sub" and args[0] is not None:
-        exact = node.args[1].op == "const" and args[1] is not None
-        return args[0] - args[1] if exact else args[0] if args[0] <= ABSORBING else None  # type: ignore[operator]
+        if node.args[1].op == "const" and args[1] is not None:
+            return args[0] - args[1]
+        return args[0] if args[0] <= ABSORBING and not _infinite(node.args[1]) else None
     if node.op in ("mul", "div"):
         return _scaled(node, args)
     if node.op == "where":
@@ -92,6 +93,21 @@ def _upper(node: Node, args: list[float | None]) -> float | None:
     if node.op in ("round_float16", "round_bfloat16"):  # rounding to 16 bits moves a value by at most 2^-8 of it
         return known[0] * (1 - math.copysign(2**-8, -known[0]))
     return None
+
+
+def _infinite(node: Node) -> bool:
+    """Whether a constant below `node` is infinite or NaN."""
+    return any(leaf.op == "const" and not math.isfinite(leaf.attr) for leaf in node.leaves)  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=1024)
+def _ordinary(node: Node) -> bool:
+    """Whether `node` makes no NaN and no +inf by itself: -inf is only chosen or added in it, never multiplied (by 0, say)."""
+    if node.op == "const":
+        return node.attr < math.inf  # type: ignore[operator]
+    if node.op in ("where", "add", "maximum", "minimum"):
+        return all(_ordinary(a) for a in node.args if a.kind == "float")
+    return not _infinite(node)
 
 
 def _finite(node: Node) -> bool:

@@ -1,4 +1,4 @@
-"""The random bits of dropout: Philox 4x32 with 7 rounds, counted by position, in torch integers.
+"""The random bits of dropout, in torch integers: Philox 4x32 with 7 rounds for each row, mixed along it.
 
 Which elements are kept depends on (seed, b, h, q, k) alone, so forward, backward and recomputation agree whatever the tiles,
 and so do this file and the Triton kernels, bit for bit.
@@ -13,10 +13,10 @@ import torch
 __all__ = ["ROUNDS", "keep_mask", "philox"]
 
 ROUNDS = 7  # the fewest that pass BigCrush (table 2 of the paper)
-KEYS = 8  # of one counter: each of the four words serves twice, as it is and with its halves exchanged (see `dropout`)
 WORD = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
+MIXERS = (0x7FEB352D, 0x846CA68B)
 
 
 def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,7 +48,7 @@ def keep_mask(
     queries: tuple[int, int],
     keys: tuple[int, int],
 ) -> torch.Tensor:
-    """Which probabilities dropout keeps.
+    """Which probabilities dropout keeps: two words a row by Philox, mixed with each key (see `dropout`).
 
     Args:
         seed: 0-d int64.
@@ -60,15 +60,10 @@ def keep_mask(
     Returns:
         bool, (*S, queries, keys): True where kept (to be scaled by 1 / (1 - dropout_p)).
     """
-    device = heads.device
-    first, last = keys[0] // KEYS, -(-keys[1] // KEYS)
-    group = torch.arange(first, last, device=device)
-    row = torch.arange(*queries, device=device).view(-1, 1)
-    key = (seed & WORD, (seed >> 32) & WORD)
-    words = philox((group, row, heads.view(*heads.shape, 1, 1), torch.zeros_like(group)), key)
-    shape = (*heads.shape, queries[1] - queries[0], last - first)
-    turned = [((w << 16) | (w >> 16)) & WORD for w in words]
-    both = [w.expand(shape) for pair in zip(words, turned, strict=True) for w in pair]
-    word = torch.stack(both, -1).flatten(-2)  # (*S, queries, KEYS * groups)
-    word = word[..., keys[0] - KEYS * first : keys[1] - KEYS * first]
-    return (word >> 8) >= round(dropout_p * 2**24)
+    rows = torch.arange(*queries, device=heads.device).view(-1, 1)  # (queries, 1)
+    zero = torch.zeros_like(rows)
+    word0, word1, *_ = philox((rows, heads.view(*heads.shape, 1, 1), zero, zero), (seed & WORD, (seed >> 32) & WORD))
+    x = (word0 + torch.arange(*keys, device=heads.device) * WEYL[0]) & WORD
+    x = ((x ^ (x >> 16)) * MIXERS[0] + word1) & WORD
+    x = ((x ^ (x >> 15)) * MIXERS[1]) & WORD
+    return (x >> 8) >= round(dropout_p * 2**24)

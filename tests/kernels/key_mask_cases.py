@@ -38,7 +38,6 @@ class Padded:
     heads: int = 1
     kv_heads: int = 1
     seed: int = 0
-    few_tiles: int = 0  # `configs.FEW_TILES`: at 0, tiles that need no mask have a loop of their own
 
     @property
     def shape(self) -> Shape:
@@ -113,7 +112,7 @@ def case_of(p: Padded) -> tuple[Case, torch.Tensor]:
 
 def compare(p: Padded) -> list[str]:
     """What is wrong with the kernels' results, a line each."""
-    configs.FEW_KEYS, configs.FEW_TILES = 1, p.few_tiles
+    configs.FEW_KEYS = 1
     case, _ = case_of(p)
     dtype = getattr(torch, p.dtype)
     assert key_mask(case.program) is not None
@@ -133,7 +132,7 @@ def compare(p: Padded) -> list[str]:
 
 def poisoned(p: Padded) -> list[str]:
     """With NaN in every key and value of the tiles that have no live key (none is longer than 64): what changed, a line each."""
-    configs.FEW_KEYS, configs.FEW_TILES = 1, p.few_tiles
+    configs.FEW_KEYS = 1
     case, keep = case_of(p)
     x = triton_cases.operands(p.shape, getattr(torch, p.dtype), "cpu")
     clean = triton_cases.fused(x, case, case.captures)

@@ -89,7 +89,7 @@ def padded(draw: st.DrawFn) -> dict[str, Any]:
         "n": one(1, 17, 63, 129), "m": one(1, 63, 129, 197), "kinds": (one(*KINDS), one(*KINDS)), "form": form,
         "fill": "lowest" if form == "added" else one("-inf", "-1e9", "lowest"), "by": one("b", "h", "bh", "ints"),
         "structure": one("none", "causal", "window", "blocks"), "bias": one("", "", "keys", "table", "own"),
-        "dropout": one(0.0, 0.0, 0.25), "heads": 2, "kv_heads": one(1, 2), "few_tiles": one(0, 8), "seed": draw(st.integers(0, 99)),
+        "dropout": one(0.0, 0.0, 0.25), "heads": 2, "kv_heads": one(1, 2), "seed": draw(st.integers(0, 99)),
     }  # fmt: skip
 
 

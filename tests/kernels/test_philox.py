@@ -57,3 +57,27 @@ def test_keep_rate(p: float) -> None:
         for x, y in ((kept[..., 1:], kept[..., :-1]), (kept[:, 1:], kept[:, :-1]), (kept[1:], kept[:-1])):
             correlation = torch.corrcoef(torch.stack([x.flatten(), y.flatten()]))[0, 1].item()
             assert abs(correlation) <= 5 / x.numel() ** 0.5
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("seed", [0, 7, 2**40 + 3])
+def test_no_structure(p: float, seed: int) -> None:
+    """What a word that is a sum of a row's and a key's would show, and a hash that mixes too little: 4 M elements, centred.
+
+    Each statistic is a mean of products of independent elements of variance p (1 - p), so it has mean 0 and, over n of them,
+    a deviation of (p (1 - p))^(factors / 2) / sqrt(n); about forty are looked at, and six deviations come once in 10^7.
+    """
+    x = keep_mask(torch.tensor(seed), p, torch.arange(4), (0, 1024), (0, 1024)).double() - (1 - p)
+    deviation = (p * (1 - p)) ** 0.5
+    for shift in (1, 2, 3, 4, 7, 8, 16, 32, 64, 255, 256, 512):  # along keys, along queries, along both
+        for a, b in (
+            (x[..., shift:], x[..., :-shift]),
+            (x[:, shift:], x[:, :-shift]),
+            (x[:, shift:, shift:], x[:, :-shift, :-shift]),
+        ):
+            assert abs((a * b).mean().item()) <= 6 * deviation**2 / a.numel() ** 0.5
+    for dq, dk in ((1, 1), (1, 8), (8, 1), (16, 64), (511, 511)):  # the corners of rectangles
+        corners = x[:, dq:, dk:] * x[:, dq:, :-dk] * x[:, :-dq, dk:] * x[:, :-dq, :-dk]
+        assert abs(corners.mean().item()) <= 6 * deviation**4 / corners.numel() ** 0.5
+    for sums in (x.sum(-1), x.sum(-2)):  # rows and columns keep what a binomial keeps
+        assert abs(sums.var().item() / (1024 * deviation**2) - 1) <= 6 * (2 / sums.numel()) ** 0.5

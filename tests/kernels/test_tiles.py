@@ -343,6 +343,11 @@ def test_the_old_gpt2_mask_is_a_mask() -> None:
         op("add", SCORE, op("where", CAUSAL, 0.0, -1e4)),  # a score of 1e4 would still count
         op("where", CAUSAL, SCORE, op("mul", SCORE, 0.5)),
         op("where", CAUSAL, -math.inf, op("where", CAUSAL, SCORE, -math.inf)),  # dead everywhere
+        op(
+            "add",
+            op("mul", op("where", op("eq", K, 3), -math.inf, SCORE), load(1, "float", [K])),
+            op("where", CAUSAL, 0.0, LOWEST),
+        ),
     ],
 )
 def test_nothing_to_skip(root: Node) -> None:

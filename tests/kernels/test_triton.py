@@ -40,29 +40,28 @@ def test_programs(worker: ProcessPoolExecutor, name: str) -> None:
     check(worker, name, (2, 2, 1, 37, 53, 16, 16))  # grouped heads, odd lengths
 
 
-def compare_tiles(name: str, tma: bool, few: int) -> list[tuple[str, float, float, float]]:
-    """Runs in the worker: as `compare`, with tiles of 16 x 16 and other limits than those of `configs`."""
+def compare_tiles(name: str, tma: bool) -> list[tuple[str, float, float, float]]:
+    """Runs in the worker: as `compare`, with tiles of 16 x 16, and descriptors for sequences of any length."""
     from fusion_kernels import backward, configs, forward
 
-    before = configs.FEW_TILES, configs.SHORT
-    configs.FEW_TILES, configs.SHORT = few, 0
-    plans = forward._plans, backward._plans
+    before, plans = configs.SHORT, (forward._plans, backward._plans)
+    configs.SHORT = 0
+    for known in plans:
+        known.clear()
     try:
-        for known in plans:
-            known.clear()
         options = {"tile": configs.Tile(16, 16, 4, 1, tma), "transposed": False}
         return compare(name, (1, 4, 2, 67, 53, 16, 16), "float32", options)
     finally:
-        configs.FEW_TILES, configs.SHORT = before
+        configs.SHORT = before
         for known in plans:
             known.clear()
 
 
-@pytest.mark.parametrize("few", [0, 8], ids=["two loops", "one loop"])
 @pytest.mark.parametrize("name", ["causal", "window", "blocks, -1e4", "strictly anticausal, -1e9", "own bias"])
-def test_many_tiles(worker: ProcessPoolExecutor, name: str, few: int) -> None:
-    """Four or five tiles each way, read through descriptors where the loops are two."""
-    for what, ours, eager, limit in worker.submit(compare_tiles, name, few == 0, few).result():
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
+def test_many_tiles(worker: ProcessPoolExecutor, name: str, tma: bool) -> None:
+    """Four or five tiles each way."""
+    for what, ours, eager, limit in worker.submit(compare_tiles, name, tma).result():
         assert ours <= limit, f"{what}: error {ours:.2e}, eager {eager:.2e}, allowed {limit:.2e}"
 
 

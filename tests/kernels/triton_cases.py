@@ -172,9 +172,9 @@ def operands(s: Shape, dtype: torch.dtype, device: str, transposed: bool = True)
 
 
 def keep_mask(seed: int, s: Shape, p: float) -> torch.Tensor:
-    """The dropout mask (B, H, N, M), Philox4x32-7 written out in int64 arithmetic."""
+    """The dropout mask (B, H, N, M), written out in int64 arithmetic: Philox4x32-7 for the row, two rounds of mixing a key."""
     low = 0xFFFFFFFF
-    bh, q, k = torch.meshgrid(torch.arange(s.batch * s.heads), torch.arange(s.n), torch.arange(s.m), indexing="ij")
+    bh, q = torch.meshgrid(torch.arange(s.batch * s.heads), torch.arange(s.n), indexing="ij")
 
     def multiply(a: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # 32 x 32 -> (high, low) words
         a_low, a_high, x_low, x_high = a & 0xFFFF, a >> 16, x & 0xFFFF, x >> 16
@@ -183,15 +183,16 @@ def keep_mask(seed: int, s: Shape, p: float) -> torch.Tensor:
         high = a_high * x_high + (first >> 16) + (second >> 16) + (middle >> 16)
         return high & low, (middle & 0xFFFF) << 16 | (a_low * x_low & 0xFFFF)
 
-    c = [k // 8, q, bh, torch.zeros_like(k)]
+    c = [q, bh, torch.zeros_like(q), torch.zeros_like(q)]
     key = [seed & low, seed >> 32 & low]
     for _ in range(7):
         (high0, low0), (high1, low1) = multiply(0xD2511F53, c[0]), multiply(0xCD9E8D57, c[2])
         c = [high1 ^ c[1] ^ key[0], low1, high0 ^ c[3] ^ key[1], low0]
         key = [key[0] + 0x9E3779B9 & low, key[1] + 0xBB67AE85 & low]
-    word = torch.stack(c, -1).gather(-1, (k % 8 // 2)[..., None])[..., 0]
-    word = torch.where(k % 2 == 0, word, (word & 0xFFFF) << 16 | word >> 16)  # the odd key of a pair: halves exchanged
-    return ((word >> 8) >= round(p * 2**24)).view(s.batch, s.heads, s.n, s.m)
+    x = c[0][..., None] + multiply(0x9E3779B9, torch.arange(s.m))[1] & low
+    x = multiply(0x7FEB352D, x ^ x >> 16)[1] + c[1][..., None] & low
+    x = multiply(0x846CA68B, x ^ x >> 15)[1]
+    return ((x >> 8) >= round(p * 2**24)).view(s.batch, s.heads, s.n, s.m)
 
 
 def dense(
