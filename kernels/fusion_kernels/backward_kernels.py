@@ -56,7 +56,7 @@ def _dkdv_loop(
         if DROPOUT:
             word0, word1 = load_words(words, rows, tl.cast(sizes[0], tl.int64) * sizes[1] * N, N)
             kept = keep(word0[None, :], word1[None, :], keys, limit)
-            dropped = tl.where(kept, p, 0.0)
+            dropped = p * tl.where(kept, 1.0, 0.0)  # NaN stays NaN, as in eager
         dropped = dropped.to(do0.dtype)
         dv0 = dot(dropped, do0, dv0, PRECISION)
         if V1 > 0:

@@ -52,7 +52,7 @@ def deep_rows(
     SCORE: tl.constexpr, FACTOR: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows with lse above `floor`: base = 0, level = lse. The others again: base = max x, level = log2 sum 2^(x - base)."""
+    """Rows with lse above `floor`, and finite: base = 0, level = lse. The others: base = max x, level = log2 sum 2^(x - base)."""
     q_tiles = tl.cdiv(N, BLOCK_M)
     pid = tl.program_id(0)
     start = pid % q_tiles * BLOCK_M
@@ -63,7 +63,7 @@ def deep_rows(
     rows = start + tl.arange(0, BLOCK_M)
     row = tl.cast(b * H + h, tl.int64) * N + rows
     known = tl.load(lse + row, mask=rows < N, other=0.0)
-    deep = (rows < N) & ~(known > floor)
+    deep = (rows < N) & ~((known > floor) & (known < float("inf")))
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     count = tl.where(tl.max(deep.to(tl.int32), 0) > 0, tl.cdiv(M, BLOCK_N), 0)
@@ -86,5 +86,6 @@ def deep_rows(
         p = tl.math.exp2((x - finite[:, None]) * (FACTOR * LOG2E))
         total = total * tl.math.exp2((peak - finite) * (FACTOR * LOG2E)) + tl.sum(p, 1)
         peak = higher
+    deep &= (known < float("inf")) | (peak > float("-inf"))  # lse = +inf of a row without a key is meant: it gives zeros
     tl.store(base + row, tl.where(deep, peak, 0.0), mask=rows < N)
     tl.store(level + row, tl.where(deep, tl.math.log2(total), known), mask=rows < N)

@@ -81,13 +81,28 @@ def _peel(root: Node, mask: float, positive: bool) -> tuple[Node, float]:
 
 
 def _reaches(root: Node, size: float) -> bool:
-    """Whether a masked score can be finite and beyond `size`: through a constant, or a tensor read along q or k."""
+    """Whether a masked score can be finite and beyond `size`: through a constant, a tensor read along q or k, or one added."""
+    added = _added(root)
     for leaf in root.leaves:
         if leaf.op == "const" and leaf.kind == "float" and math.isfinite(leaf.attr) and abs(leaf.attr) >= size:  # type: ignore[arg-type]
             return True
         if leaf.op == "load" and leaf.kind == "float" and any(index_axes(leaf)):
             return True
     return False
+
+
+_SUMS = frozenset({"add", "sub", "neg", "where", "maximum", "minimum", "round_float16", "round_bfloat16"})
+
+
+def _added(root: Node) -> set[Node]:
+    """The nodes whose value is a term of the result: a slope of ALiBi is a factor, a mask of whole heads a term."""
+    found, todo = {root}, [root]
+    while todo:
+        node = todo.pop()
+        new = [a for a in node.args if node.op in _SUMS and a not in found]
+        found.update(new)
+        todo += new
+    return found
 
 
 # ---------------------------------------------------------------- the functions of a program
