@@ -1,7 +1,7 @@
 # Everything on a fresh machine with Python (3.11 or later), git and make: `make demo`, `make test`, `make lint`.
 # Each makes .venv from requirements-dev.txt first, when it is missing or older than that file.
 # On a machine that has its own torch: `make test-gpu PY=python3` runs with that Python and installs nothing.
-# JOBS=N sets the number of test processes: 2 for `make test`, 12 for `make test-gpu`, where each has a CUDA context of its own.
+# JOBS=N sets the number of test processes: 2 for `make test`, 14 for `make test-gpu`, where each has a CUDA context of its own.
 
 PYTHON ?= python3
 
@@ -41,7 +41,7 @@ fuzz: $(READY)
 	$(PY) -m tests.fuzz.long --examples 3000 --seed 0 --resume out/fuzz.json
 
 # Nearly all of the time is Triton's compiler, on the host: hence the processes. No test here measures time.
-test-gpu: JOBS ?= 12
+test-gpu: JOBS ?= 14
 test-gpu: $(READY)
 	OMP_NUM_THREADS=1 FUSION_PASS_TEST_DEVICE=cuda $(PY) -m pytest -n $(JOBS) --dist worksteal -m gpu tests
 

@@ -55,7 +55,7 @@ def test_on_a_gpu(part: int) -> None:
     from fuzz.kernel_judge import judge
 
     @seed(part)
-    @settings(max_examples=512 // PARTS, **FIXED)
+    @settings(max_examples=320 // PARTS, **FIXED)
     @given(scores(interpreted=False))
     def judged(program: Scored) -> None:
         wrong = judge(program, "cuda")
