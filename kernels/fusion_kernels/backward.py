@@ -38,7 +38,7 @@ from .key_ranges import KeyRanges
 from .launch import Launch, Plans, number, signature
 from .program import Program
 
-__all__ = ["attention_backward"]
+__all__ = ["attention_backward", "stored"]
 
 _LOG2E = 1.4426950408889634
 _ROWS = FLAG_ROWS.value  # rows a program of the small kernels
@@ -84,7 +84,8 @@ def attention_backward(
     dkdv_tile: configs.Tile | None = None,
     dq_tile: configs.Tile | None = None,
 ) -> None:
-    """Fills dq, dk, dv (any strides) and adds to `dcaptures` (fp32, zeroed by the caller, one for each flagged capture).
+    """Fills dq, dk, dv (any strides) and adds to `dcaptures` (one for each flagged capture: fp32, zeroed by the caller; or
+    as it comes, if it is `stored`).
 
     Args:
         do: (B, H, N, Dv), any strides; q ... lse: what the forward got and gave.
@@ -110,6 +111,18 @@ def attention_backward(
     seed = seed if dropout_p > 0 else None
     with on_device(q):
         _run(plan, do, q, k, v, codegen.aux_arguments(program, captures, params), seed, out, lse, dq, dk, dv, dcaptures)
+
+
+def stored(
+    program: Program, captures: Sequence[torch.Tensor], needs: Sequence[bool], sizes: tuple[int, int, int, int]
+) -> set[int]:
+    """The captures whose whole gradient is stored, each element once: their buffers need no zeros, and may have any dtype.
+
+    sizes: B, H, N, M.
+    """
+    wrt = tuple(i for i, need in enumerate(needs) if need)
+    tables = parts(program, wrt, False).masked.tables if wrt and 0 not in sizes else ()
+    return {t.capture for t in tables if t.covers(captures[t.capture].shape, sizes)}
 
 
 def _run(

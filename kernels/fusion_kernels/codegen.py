@@ -86,7 +86,7 @@ def _reaches(root: Node, size: float) -> bool:
     for leaf in root.leaves:
         if leaf.op == "const" and leaf.kind == "float" and math.isfinite(leaf.attr) and abs(leaf.attr) >= size:  # type: ignore[arg-type]
             return True
-        if leaf.op == "load" and leaf.kind == "float" and any(index_axes(leaf)):
+        if leaf.op == "load" and leaf.kind == "float" and (leaf in added or any(index_axes(leaf))):
             return True
     return False
 
@@ -137,6 +137,11 @@ class Table:
             else:
                 offset += step * i.attr  # type: ignore[operator]
         return tuple(steps.values()), offset
+
+    def covers(self, shape: Sequence[int], sizes: tuple[int, int, int, int]) -> bool:
+        """Whether the load reads each element of a capture of this shape; sizes: B, H, N, M."""
+        lengths = dict(zip("bhqk", sizes, strict=True))
+        return all(n == (lengths[str(i.attr)] if i.op == "index" else 1) for n, i in zip(shape, self.load.args, strict=True))
 
 
 @dataclass(frozen=True)

@@ -152,19 +152,23 @@ def _attention_backward(
         dq, dk, dv = (_settle(g, x.shape, x) for g, x in zip(done, (q, k, v), strict=True))
         return dq, dk, dv, [c.new_empty(0) for c in captures]
     dq, dk, dv, dcaptures = _gradients(q, k, v, captures, needs)
-    wide = reference.compute_dtype(q.dtype)
-    sums = [c.new_zeros(c.shape, dtype=wide) if need else None for c, need in zip(captures, needs, strict=True)]
-    arguments = (do, q, k, v, captures, params, parsed, dropout_p, seed, out, lse, needs, dq, dk, dv, sums)
-    if way == "dense":
-        reference.dense_backward(*arguments)
-    elif way == "triton":
-        from .backward import attention_backward
+    stored: set[int] = set()
+    if way == "triton":
+        from . import backward
 
-        attention_backward(*arguments)
+        attention_backward = backward.attention_backward
+        if any(needs):
+            stored = backward.stored(parsed, captures, needs, (*q.shape[:3], k.shape[2]))
     else:
-        tiled.tiled_backward(*arguments)
+        attention_backward = reference.dense_backward if way == "dense" else tiled.tiled_backward
+    wide = reference.compute_dtype(q.dtype)
+    sums = [
+        None if not need else dcapture if i in stored else c.new_zeros(c.shape, dtype=wide)
+        for i, (c, need, dcapture) in enumerate(zip(captures, needs, dcaptures, strict=True))
+    ]
+    attention_backward(do, q, k, v, captures, params, parsed, dropout_p, seed, out, lse, needs, dq, dk, dv, sums)
     for total, dcapture in zip(sums, dcaptures, strict=True):
-        if total is not None:
+        if total is not None and total is not dcapture:
             dcapture.copy_(total)
     return dq, dk, dv, dcaptures
 

@@ -86,5 +86,37 @@ def test_dropout(worker: ProcessPoolExecutor, p: float) -> None:
     check(worker, "causal", (2, 2, 1, 37, 53, 16, 16), p=p)
 
 
+def stored_gradient(shared: bool) -> tuple[float, float]:
+    """Runs in the worker: (error, eager's) of the gradient of a half-precision bias, through the op."""
+    import torch
+    from fusion_kernels.choice import force
+    from fusion_kernels.op import ATTENTION, ATTENTION_BACKWARD
+    from fusion_kernels.program import SCORE, Capture, Program, apply, const, index, load
+
+    torch.manual_seed(0)
+    q, k, v, do = (torch.randn(3, 2, n, 16, dtype=torch.float16) for n in (37, 53, 53, 37))
+    bias = torch.randn(1 if shared else 3, 2, 37, 53, dtype=torch.float16)
+    first = const(0) if shared else index("b")
+    root = apply("add", SCORE, load(0, "float", [first, index("h"), index("q"), index("k")]))
+    text = Program(root, (Capture("float", 4),)).text
+    with force("triton"):
+        out, lse = ATTENTION(q, k, v, [bias], [], text, 0.0, None)
+        *_, (ours,) = ATTENTION_BACKWARD(do, q, k, v, [bias], [], text, 0.0, None, out, lse, [True])
+
+    def gradient(dtype: torch.dtype) -> torch.Tensor:
+        x, y, z, b = (t.to(dtype) for t in (q, k, v, bias))
+        (found,) = torch.autograd.grad((x @ y.mT + b.requires_grad_()).softmax(-1) @ z, b, do.to(dtype))
+        return found.double()
+
+    exact = gradient(torch.float64)
+    return (ours.double() - exact).abs().max().item(), (gradient(torch.float16) - exact).abs().max().item()
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+def test_the_gradient_of_a_table_in_its_own_dtype(worker: ProcessPoolExecutor, shared: bool) -> None:
+    ours, eager = worker.submit(stored_gradient, shared).result()
+    assert 0 < ours <= 2 * eager
+
+
 def test_contiguous_memory(worker: ProcessPoolExecutor) -> None:
     check(worker, "alibi", (2, 2, 2, 32, 32, 16, 16), transposed=False)
