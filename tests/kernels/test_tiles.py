@@ -328,11 +328,12 @@ def test_full_program_has_no_structural_mask() -> None:
 
 
 def test_a_mask_absorbs_scores_but_not_what_is_nan_by_itself() -> None:
-    hidden = op("where", op("eq", K, 3), -math.inf, SCORE)
+    hidden = op("where", load(0, "bool", [Q, K]), -math.inf, SCORE)
     added = op("where", CAUSAL, 0.0, LOWEST)
-    assert kv_bounds(Program(op("add", hidden, added))) is not None
-    zero = op("mul", hidden, op("to_float", load(0, "int", [K])))  # -inf * 0
-    assert kv_bounds(Program(op("add", zero, added), (Capture("int", 1),))) is None
+    captures = (Capture("bool", 2), Capture("int", 1))
+    assert kv_bounds(Program(op("add", hidden, added), captures)) is not None
+    zero = op("mul", hidden, op("to_float", load(1, "int", [K])))  # -inf * 0
+    assert kv_bounds(Program(op("add", zero, added), captures)) is None
 
 
 def test_the_old_gpt2_mask_is_a_mask() -> None:
