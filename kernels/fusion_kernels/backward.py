@@ -21,7 +21,7 @@ digits left for the sum over its keys: `deep_rows` finds the maximum and the sum
 # pyright: reportIndexIssue=false, reportOperatorIssue=false, reportCallIssue=false
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,8 @@ from .backward_table import table_tiles
 from .device import FLAG_ROWS
 from .dropout import keep_scale, threshold
 from .key_ranges import KeyRanges
-from .launch import Launch, Plans, number, signature
+from .keys import Plans, number, signature
+from .launch import Launch
 from .program import Program
 
 __all__ = ["attention_backward", "stored"]
@@ -83,6 +84,7 @@ def attention_backward(
     dcaptures: Sequence[torch.Tensor | None],
     dkdv_tile: configs.Tile | None = None,
     dq_tile: configs.Tile | None = None,
+    key: Hashable = None,
 ) -> None:
     """Fills dq, dk, dv (any strides) and adds to `dcaptures` (one for each flagged capture: fp32, zeroed by the caller; or
     as it comes, if it is `stored`).
@@ -91,6 +93,7 @@ def attention_backward(
         do: (B, H, N, Dv), any strides; q ... lse: what the forward got and gave.
         needs: one flag for each capture.
         dkdv_tile, dq_tile: override the measured choice of `configs`.
+        key: stands for everything but `params` and the tiles, where the caller has worked it out already.
 
     Raises:
         TypeError, ValueError: a dtype, head dim or length that these kernels do not take.
@@ -99,10 +102,9 @@ def attention_backward(
         for gradient in (dq, dk, dv):
             gradient.zero_()
         return
-    key = (
-        id(program), signature(do, q, k, v, out, lse, dq, dk, dv, *captures), signature(*dcaptures), tuple(needs),
-        tuple(map(number, params)), dropout_p, dkdv_tile, dq_tile, allows_tf32(), q.device,
-    )  # fmt: skip
+    if key is None:
+        key = (id(program), dropout_p, signature(do, q, k, v, out, lse, dq, dk, dv, *captures), signature(*dcaptures))
+    key = (key, tuple(needs), tuple(map(number, params)), dkdv_tile, dq_tile, allows_tf32())
     plan = _plans.get(key)
     if plan is None:
         plan = _plans[key] = _plan(

@@ -20,7 +20,7 @@ from . import cpu, cudnn
 from .program import Program
 from .sdpa import form
 
-__all__ = ["choose", "force", "kernel_for"]
+__all__ = ["choose", "force", "kernel_for", "state"]
 
 IMPLEMENTATIONS = ("triton", "cudnn", "aten", "tiled", "dense")
 _forced: str | None = None
@@ -77,6 +77,11 @@ def kernel_for(
         fits = plain and dtype in cudnn.HALVES and cudnn.expresses(program) and cudnn.available(device)
         return "cudnn" if fits else "triton"
     return "aten-cpu" if plain and form(program) is not None and not capture_grads else "tiled"
+
+
+def state() -> tuple[object, ...]:
+    """What `choose` depends on beside its arguments: what the user has set."""
+    return _forced, torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def choose(

@@ -14,7 +14,7 @@ and a constant factor at the root of the program is folded into it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,8 @@ from .arguments import Blocks, allows_tf32, check, describable, on_device, parts
 from .device import LOG2E, dot, dot_pair, load_rows, store_rows, stream_rows, tile_ranges, visited
 from .dropout import keep, keep_scale, row_words, threshold
 from .key_ranges import KeyRanges
-from .launch import Launch, Plans, number, signature
+from .keys import Plans, number, signature
+from .launch import Launch
 from .program import Program
 
 __all__ = ["attention_forward"]
@@ -187,6 +188,7 @@ def attention_forward(
     out: torch.Tensor,
     lse: torch.Tensor,
     tile: configs.Tile | None = None,
+    key: Hashable = None,
 ) -> None:
     """Fills `out` (B, H, N, Dv), any strides, and `lse` (B, H, N), fp32, contiguous, base 2.
 
@@ -195,6 +197,7 @@ def attention_forward(
         captures, params: what the program reads.
         dropout_p: probability of dropping; seed: 0-d int64 on the device, needed if dropout_p > 0.
         tile: overrides the measured choice of `configs`.
+        key: stands for everything but `params` and `tile`, where the caller has worked it out already.
 
     Raises:
         TypeError, ValueError: a dtype, head dim or length that these kernels do not take.
@@ -206,8 +209,7 @@ def attention_forward(
         lse.fill_(-math.inf)
         return
     key = (
-        id(program), signature(q, k, v, out, *captures), tuple(map(number, params)), dropout_p, tile,
-        allows_tf32(), q.device,
+        key or (id(program), dropout_p, signature(q, k, v, out, *captures)), tuple(map(number, params)), tile, allows_tf32(),
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:

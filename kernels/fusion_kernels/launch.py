@@ -7,14 +7,13 @@ launch with a known key goes to the binary itself.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-__all__ = ["Launch", "Plans", "number", "signature"]
+__all__ = ["Launch"]
 
 # Kernels count on x * y - z to be one rounding. Triton 3.9 warns where that is not asked for, and 3.10 will not do it unasked.
 OPTIONS = {"enable_fp_fusion": True}
@@ -47,24 +46,3 @@ class Launch:
                 if stages == 1:
                     raise
         return None
-
-
-def signature(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
-    """What Triton's specialisation can see of tensors: types, shapes (they make grids), strides and 16-byte alignment."""
-    return tuple(None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() % 16 == 0) for t in tensors)
-
-
-def number(value: int) -> tuple[bool, bool, bool]:
-    """What Triton's specialisation can see of an integer."""
-    return value == 1, value % 16 == 0, -(2**31) <= value < 2**31
-
-
-class Plans(dict[Hashable, Any]):
-    """What was worked out for a key. Bounded: after thousands of shapes it starts over (Triton keeps the binaries)."""
-
-    LIMIT = 4096
-
-    def __setitem__(self, key: Hashable, value: Any) -> None:
-        if len(self) >= self.LIMIT:
-            self.clear()
-        super().__setitem__(key, value)

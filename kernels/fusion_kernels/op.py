@@ -11,7 +11,9 @@ in a hash of this package's sources: a cache never serves what an older formula 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from torch import Tensor
 
 from . import choice, cpu, cudnn, reference, tiled
 from .checking import check
-from .program import parse
+from .keys import Plans, signature
+from .program import Program, parse
 
 __all__ = ["ATTENTION", "ATTENTION_BACKWARD", "VERSION"]
 
@@ -61,32 +64,59 @@ def _strides(shape: Sequence[Any], like: Tensor) -> tuple[Any, ...]:
     return tuple(strides)
 
 
-def _like(shape: Sequence[Any], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """An empty tensor of that memory order."""
+def _empty(shape: Sequence[Any], like: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_strided(tuple(shape), _strides(shape, like), dtype=dtype, device=like.device)
 
 
-def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    out = _like((*q.shape[:3], v.shape[3]), q, v.dtype)
-    return out, q.new_empty(q.shape[:3], dtype=reference.compute_dtype(q.dtype))
+def _attention_fake(q, k, v, captures, params, program, dropout_p, seed):
+    lse = q.new_empty(q.shape[:3], dtype=reference.compute_dtype(q.dtype))
+    return _empty((*q.shape[:3], v.shape[3]), q, v.dtype), lse
 
 
-def _gradients(
-    q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+def _attention_backward_fake(do, q, k, v, captures, params, program, dropout_p, seed, out, lse, needs):
     dcaptures = [c.new_empty(c.shape if need else (0,)) for c, need in zip(captures, needs, strict=True)]
-    return _like(q.shape, q, q.dtype), _like(k.shape, k, k.dtype), _like(v.shape, v, v.dtype), dcaptures
+    return *(_empty(x.shape, x, x.dtype) for x in (q, k, v)), dcaptures
 
 
-def _settle(value: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
-    """`value` with the strides that the fake promised for that shape in `like`'s memory order."""
-    promised = _strides(shape, like)
-    if all(n == 1 or a == b for n, a, b in zip(shape, value.stride(), promised, strict=True)):
+def _settle(value: Tensor, promised: _Blank) -> Tensor:
+    """`value` with the strides and the dtype that the fake promised."""
+    if value.dtype == promised.dtype and all(
+        n == 1 or a == b for n, a, b in zip(value.shape, value.stride(), promised.strides, strict=True)
+    ):
         return value
-    return torch.empty_strided(tuple(shape), promised, dtype=value.dtype, device=value.device).copy_(value)
+    return promised.new().copy_(value)
 
 
 # ---------------------------------------------------------------- the ops
+
+
+@dataclass(frozen=True)
+class _Blank:
+    """An empty tensor to be."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> _Blank:
+        return _Blank(tuple(shape), _strides(shape, like), dtype, like.device)
+
+    def new(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What is known of a call from what its arguments look like, their values apart. blanks: out and lse, or dq, dk and dv."""
+
+    program: Program
+    way: str
+    blanks: tuple[_Blank, ...]
+
+
+_calls: dict[Hashable, _Call] = Plans()
 
 
 def _attention(
@@ -99,32 +129,34 @@ def _attention(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    parsed = parse(program)
-    check(q, k, v, captures, params, parsed, dropout_p, seed)
-    way = choice.choose(q, k, v, captures, parsed, dropout_p, None)
+    key = (program, dropout_p, choice.state(), len(params), signature(q, k, v, seed, *captures))
+    call = _calls.get(key)
+    if call is None:
+        parsed = parse(program)
+        check(q, k, v, captures, params, parsed, dropout_p, seed)
+        way = choice.choose(q, k, v, captures, parsed, dropout_p, None)
+        out = _Blank.of((*q.shape[:3], v.shape[3]), q, v.dtype)
+        n, (batch, heads) = q.shape[2], q.shape[:2]
+        lse = _Blank((batch, heads, n), (heads * n, n, 1), reference.compute_dtype(q.dtype), q.device)
+        call = _calls[key] = _Call(parsed, way, (out, lse))
+    parsed, way, (out, lse) = call.program, call.way, call.blanks
+    done = None
     if way == "cudnn":
-        out, lse = cudnn.attention_forward(q, k, v, parsed)
-        return _settle(out, (*q.shape[:3], v.shape[3]), q), lse
-    if way == "aten":
+        done = cudnn.attention_forward(q, k, v, parsed)
+    elif way == "aten":
         done = cpu.attention_forward(q, k, v, captures, params, parsed)
-        if done is not None:
-            return _settle(done[0], (*q.shape[:3], v.shape[3]), q), done[1].contiguous()
-        way = "tiled"
-    out, lse = _outputs(q, v)
-    if way == "dense":
-        results = reference.dense(q, k, v, captures, params, parsed, dropout_p, seed)
-        return out.copy_(results[0]), lse.copy_(results[1])
-    if way == "tiled":
-        tiled.tiled_forward(q, k, v, captures, params, parsed, dropout_p, seed, out, lse)
-        return out, lse
-    from .forward import attention_forward
+    elif way == "dense":
+        done = reference.dense(q, k, v, captures, params, parsed, dropout_p, seed)
+    if done is not None:
+        return _settle(done[0], out), _settle(done[1], lse)
+    result = out.new(), lse.new()
+    if way == "triton":
+        from .forward import attention_forward
 
-    attention_forward(q, k, v, captures, params, parsed, dropout_p, seed, out, lse)
-    return out, lse
-
-
-def _attention_fake(q, k, v, captures, params, program, dropout_p, seed):
-    return _outputs(q, v)
+        attention_forward(q, k, v, captures, params, parsed, dropout_p, seed, *result, key=key)
+    else:
+        tiled.tiled_forward(q, k, v, captures, params, parsed, dropout_p, seed, *result)
+    return result
 
 
 def _attention_backward(
@@ -141,40 +173,49 @@ def _attention_backward(
     lse: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    parsed = parse(program)
-    way = choice.choose(q, k, v, captures, parsed, dropout_p, needs)
+    key = (program, dropout_p, choice.state(), tuple(needs), signature(do, q, k, v, out, lse, *captures))
+    call = _calls.get(key)
+    if call is None:
+        parsed = parse(program)
+        way = choice.choose(q, k, v, captures, parsed, dropout_p, needs)
+        call = _calls[key] = _Call(parsed, way, tuple(_Blank.of(x.shape, x, x.dtype) for x in (q, k, v)))
+    parsed, way = call.program, call.way
     done = None
     if way == "cudnn":
         done = cudnn.attention_backward(do, q, k, v, parsed, out, lse)
     elif way == "aten":
         done = cpu.attention_backward(do, q, k, v, captures, params, parsed, out, lse)
     if done is not None:
-        dq, dk, dv = (_settle(g, x.shape, x) for g, x in zip(done, (q, k, v), strict=True))
+        dq, dk, dv = (_settle(gradient, blank) for gradient, blank in zip(done, call.blanks, strict=True))
         return dq, dk, dv, [c.new_empty(0) for c in captures]
-    dq, dk, dv, dcaptures = _gradients(q, k, v, captures, needs)
-    stored: set[int] = set()
-    if way == "triton":
-        from . import backward
-
-        attention_backward = backward.attention_backward
-        if any(needs):
-            stored = backward.stored(parsed, captures, needs, (*q.shape[:3], k.shape[2]))
-    else:
-        attention_backward = reference.dense_backward if way == "dense" else tiled.tiled_backward
+    dq, dk, dv = (blank.new() for blank in call.blanks)
+    dcaptures = [c.new_empty(c.shape if need else (0,)) for c, need in zip(captures, needs, strict=True)]
+    backward, stored = _backward_of(way, call, q, k, captures, needs, key)
     wide = reference.compute_dtype(q.dtype)
     sums = [
         None if not need else dcapture if i in stored else c.new_zeros(c.shape, dtype=wide)
         for i, (c, need, dcapture) in enumerate(zip(captures, needs, dcaptures, strict=True))
     ]
-    attention_backward(do, q, k, v, captures, params, parsed, dropout_p, seed, out, lse, needs, dq, dk, dv, sums)
+    backward(do, q, k, v, captures, params, parsed, dropout_p, seed, out, lse, needs, dq, dk, dv, sums)
     for total, dcapture in zip(sums, dcaptures, strict=True):
         if total is not None and total is not dcapture:
             dcapture.copy_(total)
     return dq, dk, dv, dcaptures
 
 
-def _attention_backward_fake(do, q, k, v, captures, params, program, dropout_p, seed, out, lse, needs):
-    return _gradients(q, k, v, captures, needs)
+def _backward_of(
+    way: str, call: _Call, q: Tensor, k: Tensor, captures: Sequence[Tensor], needs: Sequence[bool], key: Hashable
+) -> tuple[Callable[..., None], set[int]]:
+    """The implementation, and the captures whose gradients it stores whole, in their own dtype."""
+    if way == "dense":
+        return reference.dense_backward, set()
+    if way != "triton":
+        return tiled.tiled_backward, set()
+    from . import backward
+
+    sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    stored = backward.stored(call.program, captures, needs, sizes) if any(needs) else set()
+    return partial(backward.attention_backward, key=key), stored
 
 
 # ---------------------------------------------------------------- autograd
