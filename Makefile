@@ -29,7 +29,7 @@ demo: $(READY)
 
 test: JOBS ?= 2
 test: $(READY)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m "not gpu and not fuzz" tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m "not gpu" tests
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -37,7 +37,6 @@ lint: $(READY)
 	$(PY) -m pyright
 
 fuzz: $(READY)
-	$(PY) -m pytest -m fuzz tests
 	$(PY) -m tests.fuzz.long --examples 3000 --seed 0 --resume out/fuzz.json
 
 # Nearly all of the time is Triton's compiler, on the host: hence the processes. No test here measures time.

@@ -76,12 +76,6 @@ def _verdict(w: Written, recorder: Recorder) -> None:
 def check(w: Written) -> None:
     """Raise AssertionError where the fused program is not eager's equal, or the verdict is another one than it must be."""
     torch.manual_seed(w.seed)
-    try:
-        run(w.build(), w.make(w.seed))
-    except RuntimeError as error:
-        if "same dtype" in str(error) or "expected scalar type" in str(error):
-            return  # written with operands of two dtypes: eager does not run it either
-        raise
     recorder = Recorder(w.inner)
     compiled = compile_always(w.build(), recorder, dynamic=w.dynamic)
 

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("FUSION_PASS_STRICT", "1")
 
 import torch
-from hypothesis import HealthCheck, Phase, given, seed, settings
 
+from fuzz.drive import each
 from fuzz.judge import check
 from fuzz.programs import Written, programs
 
@@ -32,15 +32,6 @@ def run_part(base: int, part: int, examples: int, *, shrink: bool) -> list[dict[
     """The failures of one part: the program and the message of each."""
     failures: list[dict[str, Any]] = []
 
-    @seed(base * 1_000_003 + part)
-    @settings(
-        max_examples=examples,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
-    )
-    @given(programs())
     def examine(program: Written) -> None:
         try:
             check(program)
@@ -52,7 +43,7 @@ def run_part(base: int, part: int, examples: int, *, shrink: bool) -> list[dict[
         finally:
             torch._dynamo.reset()
 
-    examine()
+    each(programs(), examine, seed=base * 1_000_003 + part, count=examples, shrink=shrink)
     return failures
 
 

@@ -329,10 +329,9 @@ class Writer(Decisions):
         return tuple(shape)
 
     def float_input(self, name: str, *shape: int, **options: Any) -> str:
-        """A float tensor for the scores, at times wider than they are."""
+        """A float tensor for the scores, at times wider than they are: what is made of it and of them is as wide."""
         wide = self.half and self.chance(25)
-        if wide and shape:
-            self.wide = True
+        self.wide |= wide
         return self.input(name, *shape, dtype=torch.float32 if wide else None, **options)
 
     def _do_bias(self) -> None:

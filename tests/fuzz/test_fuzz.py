@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, given, settings
 
+from fuzz.drive import each
 from fuzz.judge import check
-from fuzz.programs import Written, programs
+from fuzz.programs import programs
 
 
-@pytest.mark.fuzz
-@settings(max_examples=200, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
-@given(programs())
-def test_programs(program: Written) -> None:
-    check(program)
+@pytest.mark.parametrize("seed", range(4))
+def test_programs(seed: int) -> None:
+    each(programs(), check, seed=seed, count=50)

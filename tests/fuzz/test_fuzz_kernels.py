@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
-from hypothesis import HealthCheck, given, seed, settings
 
+from fuzz.drive import each
 from fuzz.scores import Scored, scores
 
-FIXED = {"derandomize": True, "database": None, "deadline": None, "suppress_health_check": list(HealthCheck)}
-PARTS = 16  # of the programs on a GPU: tests of their own, which processes share
+PARTS = 16  # of the 320 programs on a GPU: tests of their own, which processes share
 
 
 def interpreted(program: Scored) -> list[str]:
@@ -41,12 +40,13 @@ def worker() -> Iterator[ProcessPoolExecutor]:
             os.environ["TRITON_INTERPRET"] = before
 
 
-@pytest.mark.fuzz
-@settings(max_examples=40, **FIXED)
-@given(scores(interpreted=True))
-def test_interpreted(worker: ProcessPoolExecutor, program: Scored) -> None:
-    wrong = worker.submit(interpreted, program).result()
-    assert not wrong, "\n".join(wrong)
+@pytest.mark.parametrize("seed", range(2))
+def test_interpreted(worker: ProcessPoolExecutor, seed: int) -> None:
+    def check(program: Scored) -> None:
+        wrong = worker.submit(interpreted, program).result()
+        assert not wrong, "\n".join(wrong)
+
+    each(scores(interpreted=True), check, seed=seed, count=20)
 
 
 @pytest.mark.gpu
@@ -54,11 +54,8 @@ def test_interpreted(worker: ProcessPoolExecutor, program: Scored) -> None:
 def test_on_a_gpu(part: int) -> None:
     from fuzz.kernel_judge import judge
 
-    @seed(part)
-    @settings(max_examples=320 // PARTS, **FIXED)
-    @given(scores(interpreted=False))
-    def judged(program: Scored) -> None:
+    def check(program: Scored) -> None:
         wrong = judge(program, "cuda")
         assert not wrong, "\n".join(wrong)
 
-    judged()
+    each(scores(interpreted=False), check, seed=part, count=320 // PARTS)
