@@ -157,7 +157,7 @@ def dkdv_tiles(
                 dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_head, do_head, base + row, level + row, delta + row, words + row,
                 q_strides, do_strides, b, h, k_start, k_ok, sizes, aux, limit, scale,
                 first, full_first - first, jump, last - first - jump,
-                SCORE, FACTOR, DEEP, DSCORE, DRATIO, not EVEN_N, DROPOUT,
+                SCORE, FACTOR, DEEP, DSCORE, DRATIO, True, DROPOUT,
                 D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
             )  # fmt: skip
 
@@ -302,7 +302,7 @@ def dq_tiles(
             dq0, dq1, q0, q1, do0, do1, k, v, row_base, row_level, row_delta, word0, word1, k_strides, v_strides,
             b, h, kv_head, q_start, q_ok, sizes, aux, daux, limit, scale,
             first, full_first - first, jump, last - first - jump,
-            SCORE, FACTOR, DEEP, DSCORE, DRATIO, CAPTURES, not EVEN_M, DROPOUT,
+            SCORE, FACTOR, DEEP, DSCORE, DRATIO, CAPTURES, True, DROPOUT,
             D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
         )  # fmt: skip
     store_rows(dq, dq0 * DFACTOR, q_start, N, dq_strides[2], dq_strides[3], 0, D0, D, BLOCK_M)

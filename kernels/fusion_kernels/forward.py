@@ -158,7 +158,7 @@ def _forward(
                     first = 0
             acc0, acc1, peak, total = _loop(
                 acc0, acc1, peak, total, q0, q1, k, v, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux,
-                word0, word1, limit, first, cut, jump, count, SCORE, FACTOR, WIDE, not EVEN_M, DROPOUT,
+                word0, word1, limit, first, cut, jump, count, SCORE, FACTOR, WIDE, True, DROPOUT,
                 D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
             )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,7 +51,10 @@ def _value(x: Input, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     if x.kind == "ids":
         return torch.randint(3, x.shape, generator=generator).sort(-1).values
     kept = _kept(x, x.shape, generator)
-    return kept.to(dtype) if x.kind == "keep" else torch.zeros(x.shape, dtype=dtype).masked_fill(~kept, x.fill)
+    if x.kind == "keep":
+        return kept.to(dtype)
+    fill = x.fill if math.isinf(x.fill) else max(x.fill, torch.finfo(dtype).min)
+    return torch.zeros(x.shape, dtype=dtype).masked_fill(~kept, fill)
 
 
 def make(inputs: Sequence[Input], dtype: torch.dtype, seed: int) -> list[Tensor]:

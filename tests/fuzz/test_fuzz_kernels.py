@@ -44,7 +44,7 @@ def worker() -> Iterator[ProcessPoolExecutor]:
 def test_interpreted(worker: ProcessPoolExecutor, seed: int) -> None:
     def check(program: Scored) -> None:
         wrong = worker.submit(interpreted, program).result()
-        assert not wrong, "\n".join(wrong)
+        assert not wrong, "\n".join([*wrong, repr(program)])
 
     each(scores(interpreted=True), check, seed=seed, count=20)
 
@@ -56,6 +56,6 @@ def test_on_a_gpu(part: int) -> None:
 
     def check(program: Scored) -> None:
         wrong = judge(program, "cuda")
-        assert not wrong, "\n".join(wrong)
+        assert not wrong, "\n".join([*wrong, repr(program)])
 
     each(scores(interpreted=False), check, seed=part, count=320 // PARTS)
