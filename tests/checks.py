@@ -197,7 +197,8 @@ def _misplaced(name: str, x: Tensor, eager: Tensor, exact: Tensor) -> str:
         if eager.dtype == torch.float16:
             wrong &= kind(x) != kind(exact)
         if bool(wrong.any()):
-            return f"{kind.__name__.strip('_').replace('_', ' ')} at {int(kind(x).sum())} places, eager at {int(kind(eager).sum())}"
+            what = kind.__name__.strip("_").replace("_", " ")
+            return f"{what} at {int(kind(x).sum())} places, eager at {int(kind(eager).sum())}"
     return ""
 
 
