@@ -140,7 +140,7 @@ def dkdv_tiles(
         else:
             lo, hi, full_lo, full_hi = BOUNDS(k_start, tl.minimum(k_start + BLOCK_N, M) - 1, b, h, sizes, aux)
             first, last, full_first, full_last = tile_ranges(lo, hi, full_lo, full_hi, N, BLOCK_M)
-            every = any_flag(flags, b * H + h, N)  # some row of this head gives its masked keys a share
+            every = any_flag(flags, b * H + h, 0, N, N)  # some row of this head gives its masked keys a share
             first = tl.where(every, 0, first)
             last = tl.where(every, tl.cdiv(N, BLOCK_M), last)
             full_first = tl.where(every, 0, full_first)
@@ -285,7 +285,7 @@ def dq_tiles(
     else:
         lo, hi, full_lo, full_hi = BOUNDS(q_start, tl.minimum(q_start + BLOCK_M, N) - 1, b, h, sizes, aux)
         first, last, full_first, full_last = tile_ranges(lo, hi, full_lo, full_hi, M, BLOCK_N)
-        every = any_flag(flags, b * H + h, N)
+        every = any_flag(flags, b * H + h, q_start, q_start + BLOCK_M, N)  # some row here gives its masked keys a share
         first = tl.where(every, 0, first)
         last = tl.where(every, tl.cdiv(M, BLOCK_N), last)
         full_first = tl.where(every, 0, full_first)

@@ -61,7 +61,8 @@ def table_tiles(
         if BOUNDS is not None:
             lo, hi, full_lo, full_hi = BOUNDS(q_start, tl.minimum(q_start + BLOCK_M, N) - 1, b, h, (B, H, N, M), aux)
             first, last, _, _ = tile_ranges(lo, hi, full_lo, full_hi, M, BLOCK_N)
-            live = ((k_tile >= first) & (k_tile < last)) | any_flag(flags, b * H + h, N)
+            every = any_flag(flags, b * H + h, q_start, q_start + BLOCK_M, N)
+            live = ((k_tile >= first) & (k_tile < last)) | every
         if live:
             batch = tl.cast(b, tl.int64) * ALIGN
             head = tl.cast(h, tl.int64) * ALIGN

@@ -162,14 +162,14 @@ FLAG_ROWS = tl.constexpr(64)  # rows of one flag
 
 
 @triton.jit
-def any_flag(flags, bh, rows):
-    """Whether a flag of this head is set: one int32 for each FLAG_ROWS rows."""
-    count = tl.cdiv(rows, FLAG_ROWS)
-    flags += tl.cast(bh, tl.int64) * count
+def any_flag(flags, bh, start, end, size):
+    """Whether a flag of rows [start, end) of this head is set: one int32 for each FLAG_ROWS of its `size` rows."""
+    flags += tl.cast(bh, tl.int64) * tl.cdiv(size, FLAG_ROWS)
+    last = tl.cdiv(tl.minimum(end, size), FLAG_ROWS)
     found = tl.zeros((64,), tl.int32)
-    for i in tl.range(0, tl.cdiv(count, 64)):
-        at = i * 64 + tl.arange(0, 64)
-        found |= tl.load(flags + at, mask=at < count, other=0)
+    for first in tl.range(start // FLAG_ROWS, last, 64):
+        at = first + tl.arange(0, 64)
+        found |= tl.load(flags + at, mask=at < last, other=0)
     return tl.max(found, 0) != 0
 
 
