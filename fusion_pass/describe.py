@@ -27,7 +27,7 @@ from .site import Reason, Refused
 from .tape import Record, Shadow, Value
 from .views import source_index
 
-__all__ = ["Describer", "has_score", "sym", "symbols_of"]
+__all__ = ["Describer", "has_score", "replaced", "sym", "symbols_of"]
 
 Index = Sequence[sympy.Expr]
 MAX_ELEMENTS = 4000  # (value, index) pairs of one site: a 20-op score takes about 100
@@ -56,6 +56,11 @@ def symbols_of(node: Node) -> set[sympy.Symbol]:
     return found - bound
 
 
+def replaced(node: Node, old: Node, new: Node) -> Node:
+    """`node` with `new` in every place of `old`."""
+    return rebuild(node, lambda n, args: new if n is old else None)
+
+
 INDEXED = frozenset({"value", "dot", "dropout", "bernoulli"})
 REDUCTIONS = frozenset({"softmax", "log_softmax", "sum", "amax", "logsumexp"})
 
@@ -72,6 +77,7 @@ class Describer:
         self.grad = grad  # the grad mode of the site
         self.memo: dict[tuple[int, tuple[sympy.Expr, ...]], Node] = {}
         self.held: dict[Node, list[tuple[Value, tuple[sympy.Expr, ...]]]] = {}  # node -> tensors that hold its value
+        self.steps: dict[tuple[int, tuple[sympy.Expr, ...]], tuple[Value, list[sympy.Expr]] | None] = {}
         self.bound: dict[int, sympy.Symbol] = {}  # record seq -> its reduced axis
         self.seen: set[Value] = set()
 
@@ -102,11 +108,14 @@ class Describer:
         record = value.record
         if record is None or not self.grad or not value.dtype.is_floating_point:
             return False
-        return (record.op in DETACHING or not record.grad) and any(v.differentiable for v in record.inputs())
+        return (record.op in DETACHING or not record.grad) and any(v.differentiable for v in record.inputs)
 
     def step(self, value: Value, index: Index) -> tuple[Value, list[sympy.Expr]] | None:
         """One view down, where gradients flow through it."""
-        return None if self.cut(value) else source_index(self.axes, value, index)
+        key = (value.id, tuple(index))
+        if key not in self.steps:
+            self.steps[key] = None if self.cut(value) else source_index(self.axes, value, index)
+        return self.steps[key]
 
     def beyond(self, node: Node) -> Node:
         """What is read where gradients stop, as if they did not: for asking what values are equal."""
@@ -152,9 +161,13 @@ class Describer:
         """An argument of a pointwise call at `index` of the result: tensors broadcast from the right."""
         if not isinstance(x, Value):
             return kinds.scalar(x)
+        return self.element(x, self.broadcast(x, index))
+
+    def broadcast(self, x: Value, index: Index) -> tuple[sympy.Expr, ...]:
+        """Where `x` is read for element `index` of a result that it is broadcast to."""
         rank = len(x.shape)
-        tail = list(index[len(index) - rank :]) if rank else []
-        return self.element(x, [sympy.S.Zero if expr_of(s) == 1 else i for s, i in zip(x.shape, tail, strict=True)])
+        tail = index[len(index) - rank :] if rank else ()
+        return tuple(sympy.S.Zero if expr_of(s) == 1 else i for s, i in zip(x.shape, tail, strict=True))
 
     def bound_axis(self, record: Record, size: Any, name: str) -> sympy.Symbol:
         if record.seq not in self.bound:
@@ -178,6 +191,17 @@ class Describer:
         if beta.attr != 1:
             addend = apply("mul", addend, kinds.to_float(beta))
         return apply("add", addend, scaled)
+
+    def product_of_one(self, node: Node) -> Node | None:
+        """A pointwise product of two tensors as a dot over an axis of one: what einsum makes of a head dim of 1."""
+        for value, index in self.held.get(node, ()):
+            record = value.record
+            if record is None or record.op != "mul.Tensor" or not all(isinstance(x, Value) for x in record.args):
+                continue
+            inner = self.bound_axis(record, 1, "d")
+            factors = ((x.id, self.broadcast(x, index)) for x in record.args)
+            return Node.make("dot", attr=(record.seq, *(part for f in factors for part in f), inner), kind="float")
+        return None
 
     def substitute(self, node: Node, replace: dict[sympy.Symbol, sympy.Expr]) -> Node:
         """The expression with axes replaced everywhere, indices simplified again."""

@@ -48,7 +48,9 @@ def expr_of(value: Any) -> sympy.Expr:
 
 def same(a: sympy.Expr, b: sympy.Expr) -> bool:
     """Provably equal (no guard: two symbols that merely happen to be equal now are different)."""
-    return a == b or sympy.expand(a - b) == 0
+    if a == b or (a.is_Integer and b.is_Integer):
+        return a == b
+    return sympy.expand(a - b) == 0
 
 
 def _nonnegative(expr: sympy.Expr) -> bool:
@@ -114,6 +116,11 @@ class Axes:
         """``expr = n * a + r``, moving every term that n divides into a."""
         a, r = [], []
         for term in sympy.Add.make_args(sympy.expand(expr)):
+            if n.is_Integer:
+                coefficient, rest = term.as_coeff_Mul()
+                whole_part, over = divmod(coefficient, n)
+                (r if over else a).append(term if over else whole_part * rest)
+                continue
             quotient = term / n
             if sympy.fraction(quotient)[1] == 1 and not any(p.exp.is_negative for p in quotient.atoms(sympy.Pow)):
                 a.append(quotient)
@@ -211,7 +218,9 @@ def merge_index(axes: Axes, out_shape: Sequence[Any], in_shape: Sequence[Any], i
 
 
 def _divides(a: sympy.Expr, b: sympy.Expr) -> bool:
-    """Whether b is a proper multiple of a, evidently."""
+    """Whether b is a larger number than a, or evidently a multiple of it."""
+    if a.is_Integer and b.is_Integer:
+        return bool(b > a)
     quotient = sympy.cancel(b / a)
     if quotient.is_number:
         return bool(quotient > 1)

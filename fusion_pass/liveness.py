@@ -10,65 +10,65 @@ from collections.abc import Iterable, Mapping
 
 from torch.fx import Graph, Node
 
-from .tape import Shadow
+from .tape import Record, Shadow, Value, storage_of
 
-__all__ = ["live_nodes", "storages_of"]
+__all__ = ["Liveness"]
 
 
-def storages_of(shadow: Shadow) -> tuple[dict[Node, set[int]], dict[Node, set[int]]]:
-    """For each node the storages that its results lie on, and those that it writes."""
-    holds: dict[Node, set[int]] = {}
-    writes: dict[Node, set[int]] = {}
-    for node, records in shadow.by_node.items():
-        for record in records:
+class Liveness:
+    """What one graph needs, whatever sites are replaced in it: made once, asked for each site."""
+
+    def __init__(self, graph: Graph, shadow: Shadow) -> None:
+        self.holds: dict[Node, set[int]] = {}  # the storages that a node's results lie on
+        self.writes: dict[Node, set[int]] = {}  # those that it writes
+        for record in shadow.records:
             if record.mutates:
-                writes.setdefault(node, set()).update(v.tensor.untyped_storage()._cdata for v in _written(record))
-    for value in shadow.values:
-        if value.node is not None:
-            holds.setdefault(value.node, set()).add(value.tensor.untyped_storage()._cdata)
-    return holds, writes
+                self.writes.setdefault(record.node, set()).update(storage_of(v.tensor) for v in _written(record))
+        for value in shadow.values:
+            if value.node is not None:
+                self.holds.setdefault(value.node, set()).add(storage_of(value.tensor))
+        nodes = list(graph.nodes)
+        self.roots = [n for n in nodes if n.op in ("output", "placeholder") or not (n in self.writes or _pure(n, shadow))]
+        self.given = set().union(*(self.holds.get(n, ()) for n in nodes if n.op == "get_attr"))  # storages of constants
+
+    def replace(self, old: Node, new: Node) -> None:
+        """`new` holds now what `old` held: a write to that is a write to the result of the replacement."""
+        self.holds[new] = self.holds.pop(old, set())
+
+    def live(self, instead: Mapping[Node, Iterable[Node]] | None = None) -> set[Node]:
+        """The live nodes; `instead` gives, for nodes about to be replaced, what their replacement reads.
+
+        Nodes that were put in since are pure.
+        """
+        instead = instead or {}
+        live: set[Node] = set()
+        held = set(self.given)
+
+        def mark(start: Node) -> None:
+            stack = [start]
+            while stack:
+                node = stack.pop()
+                if node in live:
+                    continue
+                live.add(node)
+                held.update(self.holds.get(node, ()))
+                stack.extend(instead[node] if node in instead else node.all_input_nodes)
+
+        for node in self.roots:
+            mark(node)
+        while True:
+            waiting = [n for n, written in self.writes.items() if n not in live and written & held]
+            if not waiting:
+                return live
+            for node in waiting:
+                mark(node)
 
 
-def _written(record) -> Iterable:
+def _written(record: Record) -> Iterable[Value]:
     for i, argument in enumerate(record.func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             given = record.args[i] if i < len(record.args) else record.kwargs.get(argument.name)
-            yield from (v for v in (given if isinstance(given, (list, tuple)) else [given]) if hasattr(v, "tensor"))
-
-
-def live_nodes(
-    graph: Graph, shadow: Shadow, instead: Mapping[Node, Iterable[Node]] | None = None, added: Iterable[Node] = ()
-) -> set[Node]:
-    """The live nodes; `instead` gives, for nodes about to be replaced, what their replacement reads.
-
-    added: nodes put in since the tape was made (pure).
-    """
-    instead, added = instead or {}, set(added)
-    holds, writes = storages_of(shadow)
-    live: set[Node] = set()
-    held: set[int] = set()
-
-    def mark(start: Node) -> None:
-        stack = [start]
-        while stack:
-            node = stack.pop()
-            if node in live:
-                continue
-            live.add(node)
-            held.update(holds.get(node, ()))
-            stack.extend(instead.get(node, node.all_input_nodes))
-
-    for node in graph.nodes:
-        if node.op in ("output", "placeholder") or (node not in added and not _pure(node, shadow) and node not in writes):
-            mark(node)
-        if node.op == "get_attr":
-            held.update(holds.get(node, ()))
-    while True:
-        waiting = [n for n, written in writes.items() if n not in live and written & held]
-        if not waiting:
-            return live
-        for node in waiting:
-            mark(node)
+            yield from (v for v in (given if isinstance(given, (list, tuple)) else [given]) if isinstance(v, Value))
 
 
 def _pure(node: Node, shadow: Shadow) -> bool:

@@ -17,7 +17,7 @@ import sympy
 from fusion_kernels.program import Node, postorder
 
 from .anchors import Anchor
-from .describe import Describer
+from .describe import Describer, replaced
 from .dropout import Draw, check_own_bits
 from .factors import Factor, chain_of, factor
 from .indexing import Axes, expr_of, same, whole
@@ -103,9 +103,7 @@ class _Matcher:
         at = (*lead, row, key) if side == 0 else (*lead, key, row)
         node, draw = find_softmax(self.d, self.anchor, self.d.element(probabilities, at), key)
         self.key, _, zero_rows = node.attr  # pyright: ignore
-        body = node.args[0]
-        dot = self._score(body)
-        q_chain, k_chain = self._factors(dot)
+        body, dot, q_chain, k_chain = self._score(node.args[0])
         v_at = (*lead, key, self.dim) if side == 0 else (*lead, self.dim, key)
         v_chain = chain_of(self.d, values, v_at)
         new_splits = self._new_splits()
@@ -126,8 +124,7 @@ class _Matcher:
                     raise
         out_steps = self._out_steps(output, places, batch, heads, dim_parts)
         walked = self.d.seen | set(chain) | {output, product.outputs[0]}
-        for chain_ in (q_chain, k_chain, v_chain):
-            walked |= {link[0] for link in chain_}
+        walked |= {link[0] for links in (q_chain, k_chain, v_chain) for link in links}
         return Match(
             self.anchor,
             self.d,
@@ -222,7 +219,7 @@ class _Matcher:
         """The value that a Dynamo node holds, and the views from it down to the product, outermost first."""
         value, chain = product.outputs[0], []
         while value.node is None:
-            users = [r for r in self.shadow.by_node[product.node] if value in list(r.inputs())]
+            users = [r for r in self.shadow.by_node[product.node] if value in list(r.inputs)]
             if len(users) != 1 or users[0].op not in VIEWS or len(users[0].outputs) != 1:
                 break
             value = users[0].outputs[0]
@@ -253,41 +250,32 @@ class _Matcher:
 
     # ------------------------------------------------------------ the scores
 
-    def _score(self, body: Node) -> Node:
-        """The product of queries and keys: reads the keys' axis in one factor, the query axis only in the other."""
-        found = []
+    def _score(self, body: Node) -> tuple[Node, Node, list, list]:
+        """The score with its product of queries and keys; the product; the chains of both its factors."""
         for node in postorder(body):
-            if node.op != "dot":
-                continue
-            a, b = (self._reads(chain) for chain in self._chains(node))
-            if (self.key in a and self.key in b) or (self.query in a and self.query in b):
-                continue
-            if self.axes.sizes[self.key] != 1 and self.key not in a | b:
-                continue
-            if self.axes.sizes[self.query] != 1 and self.query not in a | b:
-                continue
-            if self.key in a and self.query in a or self.key in b and self.query in b:
-                continue
-            found.append(node)
-        if not found and written(self.d, body):
-            raise Refused(
-                Reason.MUTATION, "the scores are written through a view of them", "in-place operations on the whole tensor"
-            )
-        if not found:
-            raise Refused(Reason.NO_SCORES, "the softmax is not over a product of two tensors", "q @ k^T under the softmax")
-        return found[0]
+            chains = self._factors(node) if node.op == "dot" else None
+            if chains is not None:
+                return body, node, *chains
+        for node in postorder(body):  # a product over one element is no product of matrices
+            dot = self.d.product_of_one(node) if node.op == "mul" and self.axes.sizes[self.query] != 1 else None
+            chains = self._factors(dot) if dot is not None else None
+            if dot is not None and chains is not None:
+                return replaced(body, node, dot), dot, *chains
+        if written(self.d, body):
+            seen = "the scores are written through a view of them"
+            raise Refused(Reason.MUTATION, seen, "in-place operations on the whole tensor")
+        raise Refused(Reason.NO_SCORES, "the softmax is not over a product of two tensors", "q @ k^T under the softmax")
 
-    # ------------------------------------------------------------ q, k, v
-
-    def _factors(self, dot: Node) -> tuple[list, list]:
-        """The chains of the queries and of the keys."""
-        first, second = self._chains(dot)
-        return (second, first) if self.key in self._reads(first) or self.query in self._reads(second) else (first, second)
-
-    def _chains(self, dot: Node) -> tuple[list, list]:
+    def _factors(self, dot: Node) -> tuple[list, list] | None:
+        """The chains of queries and keys, if one factor of `dot` reads the keys' axis and the other the queries'."""
         _, a, a_index, b, b_index, _ = dot.attr  # pyright: ignore
-        return chain_of(self.d, self.shadow.values[a], a_index), chain_of(self.d, self.shadow.values[b], b_index)
-
-    def _reads(self, chain: list) -> set[sympy.Symbol]:
-        """The axes that a factor really reads: at the end of its chain, for a product reads copies expanded over others."""
-        return set().union(*(self.axes.of(e) for e in chain[-1][1]))
+        chains = chain_of(self.d, self.shadow.values[a], a_index), chain_of(self.d, self.shadow.values[b], b_index)
+        # what a factor really reads is at the end of its chain: a product reads copies expanded over other axes
+        first, second = ({axis for e in chain[-1][1] for axis in self.axes.of(e)} for chain in chains)
+        if any(axis in first and axis in second for axis in (self.key, self.query)):
+            return None
+        if any(self.axes.sizes[axis] != 1 and axis not in first | second for axis in (self.key, self.query)):
+            return None
+        if {self.key, self.query} <= first or {self.key, self.query} <= second:
+            return None
+        return chains[::-1] if self.key in first or self.query in second else chains

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from .factors import Factor
 from .indexing import Div, Mod, expr_of
 from .layout import Step
-from .liveness import live_nodes
+from .liveness import Liveness
 from .match import Match
 from .scores import Number, Scores
 from .site import Reason, Refused
@@ -37,7 +37,8 @@ class Splicer:
         self.gm, self.shadow = gm, shadow
         self.added: list[torch.fx.Node] = []
         self.replaced: dict[torch.fx.Node, torch.fx.Node] = {}
-        self.live = live_nodes(gm.graph, shadow)  # before anything is changed
+        self.liveness = Liveness(gm.graph, shadow)
+        self.live = self.liveness.live()  # before anything is changed
         self.symbols = self._symbol_sources()
 
     def splice(self, match: Match, scores: Scores) -> torch.fx.Node:
@@ -66,6 +67,7 @@ class Splicer:
                     node.meta[key] = target.meta[key]
         target.replace_all_uses_with(out)
         self.replaced[target] = out
+        self.liveness.replace(target, out)
         match.output.node = out
         return both
 
@@ -91,7 +93,7 @@ class Splicer:
         """Erase the nodes of the fused sites that nothing needs, and those that only read them."""
         if not self.replaced:
             return
-        live = live_nodes(self.gm.graph, self.shadow, added=self.added)
+        live = self.liveness.live()
         dead = {n for n in self.live - live if n.op not in ("placeholder", "output")}
         for node in self.gm.graph.nodes:  # what was dead before, and reads what is dead now
             if node not in live and any(i in dead for i in node.all_input_nodes):
@@ -106,10 +108,10 @@ class Splicer:
 
     def _check_unused(self, match: Match, target: torch.fx.Node, reads: list[Value]) -> None:
         instead = {target: [n for value in reads for n in self._sources(value)]}
-        live = live_nodes(self.gm.graph, self.shadow, instead, self.added)
+        live = self.liveness.live(instead)
         product = match.dot.attr[0]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
-        scored = self.shadow.made_from(product)
         softmax, end = match.anchor.record.seq, match.anchor.product.seq
+        scored = self.shadow.made_from(product, end)
         if match.draw is not None:
             self._check_mask_unused(match, scored, live)
         made = {v: v.record.seq for v in match.walked & scored if v.record is not None and v.record.seq < end}
@@ -125,7 +127,8 @@ class Splicer:
     def _check_mask_unused(self, match: Match, own: set[Value], live: set[torch.fx.Node]) -> None:
         """The dropout mask goes with the site: what else reads it would see other bits than the op draws."""
         assert match.draw is not None
-        for value in sorted(self.shadow.made_from(match.draw.record.seq) - own, key=lambda v: -v.seq):
+        drawn = self.shadow.made_from(match.draw.record.seq, match.anchor.product.seq)
+        for value in sorted(drawn - own, key=lambda v: -v.seq):
             if value.node in live and value.node is not match.output.node:
                 raise Refused(Reason.DROPOUT, _reader(value.node, live, match.output.node), "a mask for each attention")
 
@@ -139,7 +142,7 @@ class Splicer:
             )
         if value.record.mutates:
             raise Refused(Reason.MUTATION, f"{value.record.op} in place inside a composite call", "out-of-place operations")
-        return [n for v in value.record.inputs() for n in self._sources(v)]
+        return [n for v in value.record.inputs for n in self._sources(v)]
 
     # ------------------------------------------------------------ making nodes
 

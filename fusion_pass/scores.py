@@ -101,15 +101,16 @@ class _Writer:
 
         Nor those of calls that merely take the scores, as ``bias.expand_as(scores)`` does: they would keep the scores alive.
         """
-        shadow = self.m.describer.shadow
-        first = next(r for r in shadow.records if r.seq == self.m.dot.attr[0])  # pyright: ignore
-        nodes = {first.node}
-        for node in shadow.graph.nodes:
+        records = self.m.describer.shadow.between(self.m.dot.attr[0], self.m.anchor.product.seq)  # pyright: ignore
+        first, last = records[0], records[-1]
+        nodes, node = {first.node}, first.node
+        while node is not last.node:
+            node = node.next
             if any(i in nodes for i in node.all_input_nodes):
                 nodes.add(node)
         found = set(first.outputs)
-        for record in shadow.records:
-            if record.seq > first.seq and (record.node in nodes or any(v in found for v in record.inputs())):
+        for record in records[1:]:
+            if record.node in nodes or any(v in found for v in record.inputs):
                 found.update(record.outputs)
         return found
 

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -59,7 +59,7 @@ class Record:
     mutates: bool = False
     grad: bool = True  # whether grad mode was on
 
-    @property
+    @cached_property
     def op(self) -> str:
         """ "mul.Tensor" for both `aten.mul.Tensor` and `aten.mul_.Tensor`."""
         packet = self.func.overloadpacket.__name__
@@ -70,13 +70,12 @@ class Record:
     def __repr__(self) -> str:
         return f"Record({self.seq}, {self.op}, {self.node})"
 
-    def inputs(self) -> Iterator[Value]:
+    @cached_property
+    def inputs(self) -> tuple[Value, ...]:
         """The tensors whose elements are read: ``zeros_like(x)`` reads none."""
         if "_like." in self.op or self.op.startswith("new_"):
-            return
-        for leaf in pytree.tree_leaves((self.args, self.kwargs)):
-            if isinstance(leaf, Value):
-                yield leaf
+            return ()
+        return tuple(x for x in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(x, Value))
 
 
 @dataclass
@@ -101,18 +100,23 @@ class Shadow:
         """Who reads a value; a write through an alias makes the new value a reader of the old one."""
         users: dict[Value, list[Record | Value]] = {}
         for record in self.records:
-            for value in record.inputs():
+            for value in record.inputs:
                 users.setdefault(value, []).append(record)
         for value in self.values:
             if value.before is not None:
                 users.setdefault(value.before, []).append(value)
         return users
 
-    def made_from(self, seq: int) -> set[Value]:
-        """The results of call number `seq`, and all that is computed from them."""
+    def between(self, start: int, end: int) -> list[Record]:
+        """The calls from number `start` to number `end`, both included."""
+        first = bisect_left(self.records, start, key=lambda r: r.seq)
+        return self.records[first : bisect_right(self.records, end, key=lambda r: r.seq)]
+
+    def made_from(self, seq: int, end: int) -> set[Value]:
+        """The results of call number `seq`, and all that is computed from them up to call number `end`."""
         found: set[Value] = set()
-        for record in self.records:
-            if record.seq == seq or (record.seq > seq and any(v in found for v in record.inputs())):
+        for record in self.between(seq, end):
+            if record.seq == seq or any(v in found for v in record.inputs):
                 found.update(record.outputs)
         return found
 

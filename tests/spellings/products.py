@@ -158,3 +158,16 @@ def matmul_fp16(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
 @spelling(*qkv(n=63, m=129), dtype=torch.float64)
 def matmul_fp64(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     return ((q @ k.mT) * (1.0 if twin else 0.25)).softmax(-1) @ v
+
+
+@spelling(t(2, 63, 3, 1), t(2, 129, 3, 1), t(2, 129, 3, 8), refused=Reason.NO_SCORES)
+def einsum_head_dim_one(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
+    """A sum over one element: einsum multiplies. The twin's factors are both of the keys."""
+    scores = torch.einsum("bmhd,bmhd->bhm", k, k)[:, :, None] if twin else torch.einsum("bnhd,bmhd->bhnm", q, k)
+    p = (scores.expand(2, 3, 63, 129) * 0.5).softmax(-1)
+    return torch.einsum("bhnm,bmhd->bnhd", p, v)
+
+
+@spelling(t(2, 63), t(2, 129), t(2, 129, 5))
+def outer_product(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
+    return (q[:, :, None] * k[:, None] * (0.25 if twin else 0.5)).softmax(-1) @ v
