@@ -1,11 +1,12 @@
-"""Programs whose tensors hide whole keys (padding), for the Triton kernels. Runs where Triton runs: in the interpreter's process.
-
-Every function here takes and gives what can be pickled.
+"""Programs whose tensors hide whole keys (padding), for the Triton kernels. Runs where Triton runs: in the interpreter's process,
+or on a GPU. Every function here takes and gives what can be pickled.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,6 @@ from fusion_kernels.program import SCORE, Capture, Node, Program, apply, const, 
 from fusion_kernels.tiles import key_mask
 from triton_cases import BAND, BLOCKS, CAUSAL, LOWEST, B, Case, H, K, Q, Shape
 
-torch.set_num_threads(1)
 FILLS = {"-inf": -math.inf, "-1e9": -1e9, "lowest": LOWEST}
 STRUCTURES = {"none": None, "causal": CAUSAL, "window": BAND, "blocks": BLOCKS}
 
@@ -37,11 +37,12 @@ class Padded:
     dtype: str = "float32"
     heads: int = 1
     kv_heads: int = 1
+    d: int = 16
     seed: int = 0
 
     @property
     def shape(self) -> Shape:
-        return Shape(2, self.heads, self.kv_heads, self.n, self.m, 16, 16)
+        return Shape(2, self.heads, self.kv_heads, self.n, self.m, self.d, self.d)
 
 
 def alive(kind: str, m: int) -> torch.Tensor:
@@ -91,7 +92,7 @@ def case_of(p: Padded) -> tuple[Case, torch.Tensor]:
     torch.manual_seed(p.seed)
     keep = masks(p)
     mask, kind, tensor = _mask(p, keep)
-    x = apply("mul", SCORE, const(0.25))
+    x = apply("mul", SCORE, const(p.d**-0.5))
     captures, tensors = [kind], [tensor]
     if p.bias:
         indices = _BIASES[p.bias]
@@ -110,18 +111,28 @@ def case_of(p: Padded) -> tuple[Case, torch.Tensor]:
     return Case(Program(x, tuple(captures), 0, p.zero_rows), tensors), keep
 
 
-def compare(p: Padded) -> list[str]:
+@contextmanager
+def few_keys(number: int) -> Iterator[None]:
+    """`configs.FEW_KEYS` for calls inside; each case has a program of its own, so no older plan serves it."""
+    before, configs.FEW_KEYS = configs.FEW_KEYS, number
+    try:
+        yield
+    finally:
+        configs.FEW_KEYS = before
+
+
+def compare(p: Padded, device: str = "cpu") -> list[str]:
     """What is wrong with the kernels' results, a line each."""
-    configs.FEW_KEYS = 1
     case, _ = case_of(p)
     dtype = getattr(torch, p.dtype)
     assert key_mask(case.program) is not None
-    x = triton_cases.operands(p.shape, dtype, "cpu")
-    captures = [c.to(dtype) if c.is_floating_point() else c for c in case.captures]
-    keep = triton_cases.keep_mask(5, p.shape, p.dropout) if p.dropout else None
+    x = triton_cases.operands(p.shape, dtype, device)
+    captures = [c.to(device, dtype) if c.is_floating_point() else c.to(device) for c in case.captures]
+    keep = triton_cases.keep_mask(5, p.shape, p.dropout).to(device) if p.dropout else None
     exact = triton_cases.dense(x, case, captures, torch.float64, p.dropout, keep)
     eager = triton_cases.dense(x, case, captures, dtype, p.dropout, keep)
-    ours = triton_cases.fused(x, case, captures, p.dropout, torch.tensor(5))
+    with few_keys(1):
+        ours = triton_cases.fused(x, case, captures, p.dropout, torch.tensor(5, device=device))
     wrong = []
     for what, o, r, e in zip(triton_cases.OUTPUTS, ours, eager, exact, strict=False):
         error, theirs = triton_cases.distance(o, e), triton_cases.distance(r, e)
@@ -130,25 +141,24 @@ def compare(p: Padded) -> list[str]:
     return wrong
 
 
-def poisoned(p: Padded) -> list[str]:
-    """With NaN in every key and value of the tiles that have no live key (none is longer than 64): what changed, a line each."""
-    configs.FEW_KEYS = 1
+def poisoned(p: Padded, device: str = "cpu", block: int = 64) -> list[str]:
+    """With NaN in every key and value of the tiles, of at most `block`, that have no live key: what changed, a line each."""
     case, keep = case_of(p)
-    x = triton_cases.operands(p.shape, getattr(torch, p.dtype), "cpu")
-    clean = triton_cases.fused(x, case, case.captures)
-    hidden = 0
-    for b in range(2):
-        live = keep[b].any(0).nonzero().flatten()
-        lo, hi = int(live[0]) // 64 * 64, -(-(int(live[-1]) + 1) // 64) * 64
-        for t in (x.k, x.v):
-            t[b, :, :lo] = math.nan
-            t[b, :, hi:] = math.nan
-        hidden += lo + max(0, p.m - hi)
-    wrong = [] if hidden else ["no tile is hidden"]
-    for what, before, after in zip(triton_cases.OUTPUTS, clean, triton_cases.fused(x, case, case.captures), strict=False):
-        if not torch.equal(before, after):
-            wrong.append(f"{what} changed")
-    return wrong
+    x = triton_cases.operands(p.shape, getattr(torch, p.dtype), device)
+    captures = [c.to(device) for c in case.captures]
+    with few_keys(1):
+        clean = triton_cases.fused(x, case, captures)
+        hidden = 0
+        for b in range(2):
+            live = keep[b].any(0).nonzero().flatten()
+            lo, hi = int(live[0]) // block * block, -(-(int(live[-1]) + 1) // block) * block
+            for t in (x.k, x.v):
+                t[b, :, :lo] = math.nan
+                t[b, :, hi:] = math.nan
+            hidden += lo + max(0, p.m - hi)
+        after = triton_cases.fused(x, case, captures)
+    changed = [what for what, o, n in zip(triton_cases.OUTPUTS, clean, after, strict=False) if not torch.equal(o, n)]
+    return [f"{what} changed" for what in changed] if hidden else ["no tile is hidden"]
 
 
 def ranges(p: Padded, block: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -164,11 +174,11 @@ def ranges(p: Padded, block: int) -> tuple[list[list[int]], list[list[int]]]:
 
 def does_not_ask(p: Padded) -> list[str]:
     """A poisoned key reaches the output of a call with fewer keys than `configs.FEW_KEYS`."""
-    configs.FEW_KEYS = p.m + 1
     case, keep = case_of(p)
     x = triton_cases.operands(p.shape, getattr(torch, p.dtype), "cpu")
     x.v[~keep.any(1, keepdim=True).expand(-1, p.kv_heads, -1)] = math.nan
-    out = triton_cases.fused(x, case, case.captures)[0]
+    with few_keys(p.m + 1):
+        out = triton_cases.fused(x, case, case.captures)[0]
     return [] if out.isnan().any() else ["hidden keys were not read"]
 
 

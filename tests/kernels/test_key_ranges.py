@@ -16,7 +16,9 @@ KINDS = ("all", "none", "right", "left", "middle", "holes")
 def run(what: str, padded: dict[str, Any], *rest: Any) -> Any:
     """Runs in the worker."""
     import key_mask_cases
+    import torch
 
+    torch.set_num_threads(1)
     return getattr(key_mask_cases, what)(key_mask_cases.Padded(**padded), *rest)
 
 
