@@ -104,6 +104,7 @@ class Writer(Decisions):
         self.dtype: torch.dtype = self.pick(*[torch.float32] * 6, *[torch.bfloat16] * 3, torch.float16, torch.float64)
         self.half = self.dtype in (torch.bfloat16, torch.float16)
         self.wide = False  # scores of a half-precision program that have become fp32
+        self.broadcast_heads = 1  # query heads of one kv head, where the products broadcast: einsum folds them into the rows
         self.dynamic = self.chance(12)  # four times the time of a static one
         self.s = self._sizes()
         self.masks = MaskWriter(self)
@@ -234,6 +235,8 @@ class Writer(Decisions):
             return
         ways = ["repeat", "expand", "einsum"] + ["broadcast"] * (s.hkv == 1)
         way = self.pick(*ways)
+        if way in ("broadcast", "einsum"):
+            self.broadcast_heads = group
         if way == "broadcast":
             return
         if way == "einsum":  # (B, Hkv, G, N, D) against (B, Hkv, 1, M, D)
@@ -407,6 +410,8 @@ class Writer(Decisions):
             if self.chance(10):
                 self.line("p = F.dropout(p, 0.3, training=False)")
             return 0.0
+        if self.broadcast_heads > self.s.n:
+            return 0.0  # of rows folded so, the op takes the longer axis for the queries: its bits are counted along the heads
         rate = self.pick(0.1, 0.5, 0.9)
         self.line(f"p = F.dropout(p, {rate})")
         return rate

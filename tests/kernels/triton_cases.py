@@ -211,7 +211,8 @@ def dense(
         Box((0, batch), (0, heads), (0, n), (0, m)), {"B": batch, "H": heads, "N": n, "M": m},
         captures, case.params, own, q.device, score=s.to(own),
     )  # fmt: skip
-    x_ = evaluate([case.program.root], env)[0].expand(batch, heads, n, m)
+    (x_,) = evaluate([case.program.root], env)  # a number, if nothing is left of the score
+    x_ = torch.as_tensor(x_, dtype=own, device=q.device).expand(batch, heads, n, m)
     empty = (x_ == -math.inf).all(-1, keepdim=True) & case.program.zero_rows
     weights = torch.softmax(x_.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0).to(dtype)
     if keep is not None:

@@ -1,0 +1,73 @@
+"""Attention programs that came out wrong once, made short; the kernels' are in test_fuzz_kernels.py."""
+
+from __future__ import annotations
+
+from math import inf, nan
+from typing import Any
+
+import pytest
+import torch
+
+from fuzz.inputs import Input
+from fuzz.judge import check
+from fuzz.programs import Written
+
+ROW = (2, 2, 3, 16)
+
+
+def qkv(shape: tuple[int, ...] = ROW, **of_q: Any) -> tuple[Input, ...]:
+    return Input("q", shape, grad=True, **of_q), Input("k", shape, grad=True), Input("v", shape, grad=True)
+
+
+def written(body: str, inputs: tuple[Input, ...], *, fused: bool = True, dynamic: bool = False) -> Written:
+    lines = "".join(f"    {line.strip()}\n" for line in body.strip().splitlines())
+    source = f"def attention({', '.join(x.name for x in inputs)}):\n{lines}"
+    return Written(source, inputs, torch.float32, fused, dynamic, "eager", 3, 0.0)
+
+
+FOUND = {
+    # The mean of a row that a mask hides in part is -inf: eager is NaN, the softmax of the unshifted scores is not.
+    "a shift that is not finite": written(
+        """
+        s = (q @ k.mT).masked_fill(torch.ones(3, 3, dtype=torch.bool).triu(1), -torch.inf)
+        s = s - s.mean(-1, keepdim=True)
+        e = torch.exp(s - s.amax(-1, keepdim=True))
+        return (e / e.sum(-1, keepdim=True)) @ v
+        """,
+        qkv(),
+        fused=False,
+    ),
+    # A shift that is a tensor of its own stays part of the score.
+    "a shift by a tensor": written(
+        """
+        e = torch.exp(q @ k.mT - c)
+        return (e / e.sum(-1, keepdim=True)) @ v
+        """,
+        (*qkv(), Input("c", (2, 1, 3, 1), grad=True)),
+    ),
+    # The rows of p @ v merge the heads of a group and the queries; the group is the longer axis, and k is expanded over it.
+    "more heads in a group than queries": written(
+        """
+        q, k, v = q.unflatten(1, (1, 3)), k.unsqueeze(2), v.unsqueeze(2)
+        return torch.einsum('...qk,...kd->...qd', (q @ k.mT).softmax(-1), v)
+        """,
+        (Input("q", (2, 3, 2, 40), grad=True), Input("k", (2, 1, 2, 40), grad=True), Input("v", (2, 1, 2, 40), grad=True)),
+    ),
+    # (s + 2) // 3, the size of a chunk, was read as the fraction s / 3 + 2 / 3.
+    "chunks of a dynamic size": written(
+        """
+        q, k, v = (t.reshape(1, -1, 2, 72).transpose(1, 2) for t in x.chunk(3, dim=-1))
+        return (q @ k.mT).softmax(-1) @ v
+        """,
+        (Input("x", (1, 16, 432), grad=True),),
+        dynamic=True,
+    ),
+    # ATen gives 0 to rows whose scores are all -inf, and without a mask to rows that are all NaN; softmax gives NaN.
+    "scores of -inf": written("return (q.abs() @ -k.abs().mT).softmax(-1) @ v", qkv(poison=inf)),
+    "scores of NaN": written("return (q @ k.mT).softmax(-1) @ v", qkv(poison=nan)),
+}
+
+
+@pytest.mark.parametrize("program", FOUND.values(), ids=FOUND)
+def test_found(program: Written) -> None:
+    check(program)
