@@ -75,7 +75,8 @@ def form(program: Program) -> Form | None:
             return None
         if term is not None and term.depends_on("score"):
             return None
-        mask = term if mask is None or term is None else apply("add", term, mask)
+        if term is not None:
+            mask = term if mask is None else apply("add", term, mask)
     return Form(scale, causal, mask) if math.isfinite(scale) else None
 
 

@@ -63,6 +63,8 @@ FORMS = {
     "causal, negated": (Program(op("where", op("not", op("lt", Q, K)), SCALED, -1e9)), Form(0.25, True, None)),
     "mask": (Program(op("where", KEEP, SCALED, -1e9), BOOL), Form(0.25, False, op("where", KEEP, 0.0, -math.inf))),
     "added": (Program(op("add", ADDED, SCALED), FLOAT), Form(0.25, False, ADDED)),
+    "added after": (Program(op("add", op("where", CAUSAL, SCALED, -math.inf), ADDED), FLOAT), Form(0.25, True, ADDED)),
+    "added before": (Program(op("where", CAUSAL, op("add", SCALED, ADDED), -math.inf), FLOAT), Form(0.25, True, ADDED)),
     "both": (
         Program(op("where", op("and", CAUSAL, KEEP), SCALED, -math.inf), BOOL),
         Form(0.25, True, op("where", KEEP, 0.0, -math.inf)),
