@@ -53,6 +53,14 @@ def scores(match: Match) -> Scores:
     return _Writer(match).run()
 
 
+def _unread(capture: Value | Number) -> Capture:
+    return Capture("float", 0) if isinstance(capture, Number) else Capture(_kind(capture.dtype), len(capture.shape))
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return "bool" if dtype == torch.bool else "float" if dtype.is_floating_point else "int"
+
+
 class _Writer:
     def __init__(self, match: Match) -> None:
         self.m, self.axes = match, match.describer.axes
@@ -74,9 +82,9 @@ class _Writer:
             if node.op == "dropout":
                 raise Refused(Reason.NOT_EXPRESSIBLE, "dropout of the scores before the softmax", "dropout after the softmax")
         root = p.apply("to_float", self.write(self.m.body))
-        kinds = {n.attr: n.kind for n in postorder(root) if n.op == "load"}
-        ranks = {n.attr: len(n.args) for n in postorder(root) if n.op == "load"}
-        captures = tuple(Capture(kinds[i], ranks[i]) for i in range(len(self.captures)))
+        read = {n.attr: Capture(n.kind, len(n.args)) for n in postorder(root) if n.op == "load"}
+        # what folding left unread stays a capture, for its gradient is zero in eager, not absent
+        captures = tuple(read.get(i) or _unread(c) for i, c in enumerate(self.captures))
         return Scores(Program(root, captures, len(self.params), self.m.zero_rows), self.captures, self.params)
 
     def _mixed_radix(self, axes: list[sympy.Symbol], whole: Node) -> dict[sympy.Symbol, Node]:
@@ -176,7 +184,7 @@ class _Writer:
         if what not in self.captures:
             self.captures.append(what)
         dtype = torch.float32 if isinstance(what, Number) else what.dtype
-        kind = "bool" if dtype == torch.bool else "float" if dtype.is_floating_point else "int"
+        kind = _kind(dtype)
         return p.load(self.captures.index(what), kind, index)
 
     def integer(self, expr: Any) -> Node:

@@ -62,6 +62,23 @@ FOUND = {
         (Input("x", (1, 16, 432), grad=True),),
         dynamic=True,
     ),
+    # No index is negative: the mask folded to a constant, and the tensors behind it were captured but not read.
+    "a capture that is not read": written(
+        """
+        j = torch.arange(3)
+        s = (q @ k.mT) + slopes * (j - j[:, None])
+        return torch.where(~(j < 0), -1e9, s).softmax(-1) @ v
+        """,
+        (*qkv(), Input("slopes", (2, 1, 1), grad=True)),
+    ),
+    # The term of a causal `where` has no rest, and took the bias that was added after it with it on the way to ATen.
+    "added after a causal where": written(
+        """
+        i = torch.arange(3)
+        return (torch.where(i[:, None] >= i, q @ k.mT, -torch.inf) + bias).softmax(-1) @ v
+        """,
+        (*qkv(), Input("bias", (1, 1, 1, 3))),
+    ),
     # ATen gives 0 to rows whose scores are all -inf, and without a mask to rows that are all NaN; softmax gives NaN.
     "scores of -inf": written("return (q.abs() @ -k.abs().mT).softmax(-1) @ v", qkv(poison=inf)),
     "scores of NaN": written("return (q @ k.mT).softmax(-1) @ v", qkv(poison=nan)),
