@@ -146,12 +146,11 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 
 
 def traits(found: Parts, program: Program, dropout_p: float, two_parts: bool) -> configs.Traits:
-    """What the choice of tiles depends on. Where padded tiles are skipped, few of those that are left read the mask."""
-    bulk = program if found.key_mask is None else tiles.full_program(program, keys=True)
-    loads = [(n.depends_on("q"), n.depends_on("k")) for n in bulk.loads]
-    work = sum(n.depends_on("score") and n.op not in LEAVES for n in postorder(bulk.root))
+    """What the choice of tiles depends on. (Padding counts as a mask: its two loops spill in the tiles of a full program.)"""
+    loads = [(n.depends_on("q"), n.depends_on("k")) for n in program.loads]
+    work = sum(n.depends_on("score") and n.op not in LEAVES for n in postorder(program.root))
     return configs.Traits(
-        masked=tiles.kv_bounds(program) is not None,
+        masked=found.kv_bounds is not None,
         busy=any(map(any, loads)) or work > _BUSY,
         table=any(map(all, loads)),
         dropout=dropout_p > 0,
