@@ -189,7 +189,7 @@ def allowed(eager: Tensor, exact: Tensor, scale: float = 1.0) -> float:
     return 2 * error(eager, exact) + torch.finfo(eager.dtype).eps / 2 * top + 16 * work * max(scale, top)
 
 
-def _misplaced(name: str, x: Tensor, eager: Tensor, exact: Tensor) -> str:
+def misplaced(name: str, x: Tensor, eager: Tensor, exact: Tensor) -> str:
     """Which NaN and inf are not where they must be; empty if all are."""
     kinds = (_not_finite,) if name.startswith("gradient") else (torch.isnan, torch.isposinf, torch.isneginf)
     for kind in kinds:
@@ -219,7 +219,7 @@ def assert_rule(fused: Result, eager: Result, exact: Result, what: str = "") -> 
         if not x.is_floating_point():
             assert torch.equal(x, e), f"{where}: differs"
             continue
-        assert not (misplaced := _misplaced(name, x, e, t)), f"{where}: {misplaced}"
+        assert not (wrong := misplaced(name, x, e, t)), f"{where}: {wrong}"
         vanishes = name.startswith("gradient") and largest(t) < 1e-9 * siblings
         got, limit = error(x, t), allowed(e, t, max(1.0, siblings) if vanishes else 1.0)
         assert got <= limit, f"{where}: error {got:.3g}, eager's is {error(e, t):.3g}, allowed {limit:.3g}"

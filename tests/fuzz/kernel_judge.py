@@ -9,7 +9,7 @@ the program and not to one draw of its tensors. One more term is needed where gr
     dx = p (dp - sum_k p dp)    eager forms both terms from the same rounded dp, and what they share cancels to the last bit; a
                                 fused backward has the sum as do . out, rounded on its own (FlashAttention-2, arXiv 2307.08691)
 
-So a gradient may be wrong by ``TERMS + ln(2) max |L|`` fp32 roundings of what it would be if nothing cancelled.
+So a gradient may be wrong by ``TERMS + ln(2) |L|`` fp32 roundings of what it would be if nothing cancelled, row by row.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ __all__ = ["judge"]
 
 SEED = 987654321987  # of dropout: more than 32 bits
 DRAWS = 4
-TERMS = 16  # roundings of dp and do . out themselves: sums of D and Dv products
+TERMS = 8  # roundings of dp and of do . out, four each: sums of at most a few hundred products
+DEEP = -500.0  # rows with an L below are held as a maximum and a sum apart (`backward_rows.deep_rows`)
 
 
 @dataclass
@@ -87,19 +88,18 @@ def _uncancelled(s: Scored, device: str, seed: int) -> list[float]:
     p = p.nan_to_num(0.0)
     rows = 1 / (1 - s.dropout) if s.dropout < 1 else 1.0
     dp = rows * do.abs() @ reference._grouped(v, shape.heads, torch.float64).abs().mT
-    env.grad = p * (dp + (p * dp).sum(-1, keepdim=True))
+    level = math.log(2) * lse.abs().nan_to_num(0.0, 0.0, 0.0).masked_fill(lse < DEEP, 0.0).unsqueeze(-1)  # (B, H, N, 1)
+    env.grad = p * (dp + (p * dp).sum(-1, keepdim=True)) * (TERMS + level)
     gradient = vjp(program, d.case.wrt)
     ds = reference.as_tensor(evaluate([gradient.dscore], env)[0], env).expand(p.shape).abs().nan_to_num(0.0, 0.0, 0.0)
     loads = {i: torch.zeros_like(captures[i]) for i in d.case.wrt}
     for load, g in gradient.loads:
         term = reference.as_tensor(evaluate([g], env)[0], env).abs().nan_to_num(0.0, 0.0, 0.0)
         scatter(load, term, loads[load.attr], env)  # pyright: ignore[reportArgumentType]
-    level = math.log(2) * _largest(lse)
-    eps = torch.finfo(torch.float32).eps
-    dq, dk, dv = ds @ reference._grouped(k, shape.heads, torch.float64).abs(), ds.mT @ q.abs(), rows * p.mT @ do.abs()
+    dq, dk = ds @ reference._grouped(k, shape.heads, torch.float64).abs(), ds.mT @ q.abs()
+    dv = rows * (p * level).mT @ do.abs()
     dk, dv = (t.unflatten(1, (shape.kv_heads, -1)).sum(2) for t in (dk, dv))
-    return [0.0, *(eps * (TERMS + level) * _largest(t) for t in (dq, dk)), eps * level * _largest(dv),
-            *(eps * (TERMS + level) * _largest(t) for t in loads.values())]  # fmt: skip
+    return [0.0, *(torch.finfo(torch.float32).eps * _largest(t) for t in (dq, dk, dv, *loads.values()))]
 
 
 def judge(s: Scored, device: str) -> list[str]:
