@@ -19,6 +19,7 @@ from .factors import Factor
 from .formula import formula, mask_facts
 from .inline import OPENED, copy_graph, inline
 from .match import Match, match
+from .plain import plain
 from .rewrite import Splicer
 from .scores import Number, Scores, scores
 from .shadow import trace
@@ -149,7 +150,8 @@ class _Run:
             score = scores(found)
             attention = self._describe(found, score)
             kernel = self._decide(found, score, attention)
-            self.splicer.splice(found, score)
+            sdpa = plain(found, score.program) if kernel == "cudnn" else None
+            self.splicer.splice(found, score, sdpa)
             verdict = Verdict(True, kernel)
         except Refused as refusal:
             verdict = Verdict(False, reason=refusal.reason, seen=refusal.seen, needed=refusal.needed)

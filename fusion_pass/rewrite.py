@@ -14,6 +14,8 @@ import sympy
 import torch
 import torch.fx.node
 from fusion_kernels.op import ATTENTION
+from fusion_kernels.sdpa import Form
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils import _pytree as pytree
 
 from .factors import Factor
@@ -41,8 +43,11 @@ class Splicer:
         self.live = self.liveness.live()  # before anything is changed
         self.symbols = self._symbol_sources()
 
-    def splice(self, match: Match, scores: Scores) -> torch.fx.Node:
+    def splice(self, match: Match, scores: Scores, sdpa: Form | None = None) -> torch.fx.Node:
         """Put the op in the place of `match.output`.
+
+        Args:
+            sdpa: the site as scaled_dot_product_attention, which then takes the op's place (see `plain`).
 
         Raises:
             Refused: (PROBABILITIES_USED, SCORES_USED) the graph needs a tensor of the site for something else;
@@ -55,7 +60,7 @@ class Splicer:
         self._check_unused(match, target, reads)
         before = len(self.added)
         try:
-            both, out = self._insert(match, scores, target)
+            both, out = self._insert(match, scores, target, sdpa)
         except Exception:
             for node in reversed(self.added[before:]):
                 self.gm.graph.erase_node(node)
@@ -71,7 +76,9 @@ class Splicer:
         match.output.node = out
         return both
 
-    def _insert(self, match: Match, scores: Scores, target: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node]:
+    def _insert(
+        self, match: Match, scores: Scores, target: torch.fx.Node, sdpa: Form | None
+    ) -> tuple[torch.fx.Node, torch.fx.Node]:
         with self.gm.graph.inserting_before(target):
             q, k, v = (self._factor(f) for f in (match.q, match.k, match.v))
             q, k, v = (self._kept(n, f.value, match) for n, f in zip((q, k, v), (match.q, match.k, match.v), strict=True))
@@ -82,8 +89,13 @@ class Splicer:
             seed = None
             if match.dropout_p:
                 seed = self.call(torch.randint, 0, SEEDS, (), device=match.q.value.tensor.device)
-            both = self.call(ATTENTION, q, k, v, captures, params, scores.program.text, match.dropout_p, seed)
-            out = self.call(operator.getitem, both, 0)
+            if sdpa is not None:
+                shared = match.q.shape[1] != match.k.shape[1]
+                how = {"is_causal": sdpa.causal, "scale": sdpa.scale, "enable_gqa": shared}
+                both = out = self.call(scaled_dot_product_attention, q, k, v, **how)
+            else:
+                both = self.call(ATTENTION, q, k, v, captures, params, scores.program.text, match.dropout_p, seed)
+                out = self.call(operator.getitem, both, 0)
             for step in match.out_steps:
                 out = self._step(out, step)
             out = self._kept(out, match.output, match)

@@ -17,7 +17,7 @@ from torch import Tensor
 from .program import Program
 from .sdpa import form
 
-__all__ = ["attention_backward", "attention_forward", "available", "expresses", "supports"]
+__all__ = ["attention_backward", "attention_forward", "available", "expresses", "fits", "supports"]
 
 LN2 = math.log(2.0)
 LOG2E = math.log2(math.e)
@@ -60,15 +60,20 @@ def _readable(t: Tensor) -> bool:
     return all(s > 0 and s % 8 == 0 for n, s in zip(t.shape[:3], t.stride()[:3], strict=True) if n > 1)
 
 
+def fits(n: int, m: int, d: int, dv: int, causal: bool) -> bool:
+    """Whether it takes these sizes: lengths of queries and keys, head dims of q and v. A causal mask starts top left here."""
+    return d % 8 == 0 and 0 < d <= LARGEST_HEAD_DIM and dv == d and m >= FEWEST_KEYS and not (causal and n != m)
+
+
 def supports(q: Tensor, k: Tensor, v: Tensor, program: Program, dropout_p: float) -> bool:
     """Whether this call may go to cuDNN; `available` is asked apart."""
     if dropout_p or q.dtype not in HALVES or v.dtype != q.dtype or not expresses(program):
         return False
-    n, d, m = q.shape[2], q.shape[3], k.shape[2]
-    if d % 8 or d > LARGEST_HEAD_DIM or v.shape[3] != d or m < FEWEST_KEYS or 0 in (*q.shape, *k.shape):
-        return False
     f = form(program)
-    return not (f is not None and f.causal and n != m) and _readable(q) and _readable(k) and _readable(v)
+    assert f is not None
+    if 0 in (*q.shape, *k.shape) or not fits(q.shape[2], k.shape[2], q.shape[3], v.shape[3], f.causal):
+        return False
+    return _readable(q) and _readable(k) and _readable(v)
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, program: Program) -> tuple[Tensor, Tensor]:
