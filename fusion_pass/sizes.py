@@ -57,8 +57,7 @@ class Sizes:
         """The normal form: equal forms are equal sizes. Its symbols are the graph's, and quotients of them."""
         found = self.memo.get(expr)
         if found is None:
-            named = expr.xreplace(self.names).xreplace(self.solved)
-            found = named.replace(_is_quotient, _exact) if named.has(FloorDiv) else named
+            found = _divided(_divided(expr).xreplace(self.names).xreplace(self.solved))
             self.memo[expr] = found = found if found == expr else sympy.expand(found)
         return found
 
@@ -68,7 +67,7 @@ class Sizes:
 
     def learn(self, shape_env: ShapeEnv) -> None:
         """Take in the guards that have come since the last time."""
-        relations = [shape_env.replace(guard.expr) for guard in shape_env.guards[self.read :]]
+        relations = [_divided(shape_env.replace(guard.expr)) for guard in shape_env.guards[self.read :]]
         self.read = len(shape_env.guards)
         equations = list(_equations(relations))
         for quotient in sorted({q for e in equations for q in e.atoms(FloorDiv)}, key=sympy.default_sort_key):
@@ -145,8 +144,12 @@ def _is_quotient(expr: sympy.Expr) -> bool:
     return isinstance(expr, FloorDiv)
 
 
+def _divided(expr: Any) -> Any:
+    """The expression without quotients that leave no remainder whatever the sizes: torch writes ``(s * s) // s`` for s."""
+    return expr.replace(_is_quotient, _exact) if expr.has(FloorDiv) else expr
+
+
 def _exact(expr: sympy.Expr) -> sympy.Expr:
-    """``(s * s) // s`` is s: torch leaves such quotients of sizes as they are."""
     quotient = sympy.cancel(expr.args[0] / expr.args[1])
     return quotient if whole(quotient) else expr
 

@@ -19,10 +19,12 @@ def qkv(shape: tuple[int, ...] = ROW, **of_q: Any) -> tuple[Input, ...]:
     return Input("q", shape, grad=True, **of_q), Input("k", shape, grad=True), Input("v", shape, grad=True)
 
 
-def written(body: str, inputs: tuple[Input, ...], *, fused: bool = True, dynamic: bool = False) -> Written:
+def written(
+    body: str, inputs: tuple[Input, ...], *, fused: bool = True, dynamic: bool = False, dtype: torch.dtype = torch.float32
+) -> Written:
     lines = "".join(f"    {line.strip()}\n" for line in body.strip().splitlines())
     source = f"def attention({', '.join(x.name for x in inputs)}):\n{lines}"
-    return Written(source, inputs, torch.float32, fused, dynamic, "eager", 3, 0.0)
+    return Written(source, inputs, dtype, fused, dynamic, "eager", 3, 0.0)
 
 
 FOUND = {
@@ -78,6 +80,21 @@ FOUND = {
         return (torch.where(i[:, None] >= i, q @ k.mT, -torch.inf) + bias).softmax(-1) @ v
         """,
         (*qkv(), Input("bias", (1, 1, 1, 3))),
+    ),
+    # Three batch dims of one symbolic size: einsum reshapes by (s * s * s) // (s * s), which torch leaves as it is.
+    "batch dims of one dynamic size": written(
+        "return torch.matmul(torch.einsum('...qd,...kd->...qk', q, k).softmax(-1), v)",
+        qkv((2, 2, 2, 5, 16)),
+        dynamic=True,
+    ),
+    # Masked scores overflow in float16, and not in the fused op: the gradient of the factor is NaN in eager, 0 in float64.
+    "scores past float16": written(
+        """
+        bias = torch.zeros(3, 3, dtype=q.dtype).masked_fill(torch.ones(3, 3, dtype=torch.bool).triu(1), -65504.0)
+        return (q @ k.mT * 8 + bias).float().mul(c).softmax(-1).to(v.dtype) @ v
+        """,
+        (*qkv(), Input("c", (2, 1, 1, 3), dtype=torch.float32, grad=True)),
+        dtype=torch.float16,
     ),
     # ATen gives 0 to rows whose scores are all -inf, and without a mask to rows that are all NaN; softmax gives NaN.
     "scores of -inf": written("return (q.abs() @ -k.abs().mT).softmax(-1) @ v", qkv(poison=inf)),
