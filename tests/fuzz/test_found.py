@@ -91,7 +91,9 @@ FOUND = {
     "scores past float16": written(
         """
         bias = torch.zeros(3, 3, dtype=q.dtype).masked_fill(torch.ones(3, 3, dtype=torch.bool).triu(1), -65504.0)
-        return (q @ k.mT * 8 + bias).float().mul(c).softmax(-1).to(v.dtype) @ v
+        s = (q @ k.mT * 8 + bias).float() * c
+        p = s.softmax(-1).to(v.dtype)
+        return p @ v
         """,
         (*qkv(), Input("c", (2, 1, 1, 3), dtype=torch.float32, grad=True)),
         dtype=torch.float16,
