@@ -3,13 +3,14 @@
 Imported where Triton runs: in the worker process that interprets it, and on a GPU.
 
 The rule is that of `triton_cases`: twice eager's error, and a few roundings. Over several draws, for eager's own error belongs to
-the program and not to one draw of its tensors. One more term is needed where gradients in fp32 cancel (one key: exactly):
+the program and not to one draw of its tensors. One more term is needed where gradients cancel (one key: exactly):
 
     p  = 2^(x log2(e) - L)      L, the row's log-sum-exp, is rounded: p is off by ln(2) |L| roundings, which eager's is not
     dx = p (dp - sum_k p dp)    eager forms both terms from the same rounded dp, and what they share cancels to the last bit; a
                                 fused backward has the sum as do . out, rounded on its own (FlashAttention-2, arXiv 2307.08691)
 
-So a gradient may be wrong by ``TERMS + ln(2) |L|`` fp32 roundings of what it would be if nothing cancelled, row by row.
+So a gradient may be wrong by ``TERMS + ln(2) |L|`` fp32 roundings of what it would be if nothing cancelled, row by row; and by
+what half a unit of each element of out, as it is stored, makes of do . out.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ __all__ = ["judge"]
 SEED = 987654321987  # of dropout: more than 32 bits
 DRAWS = 4
 TERMS = 8  # roundings of dp and of do . out, four each: sums of at most a few hundred products
+EPS = torch.finfo(torch.float32).eps
 DEEP = -500.0  # rows with an L below are held as a maximum and a sum apart (`backward_rows.deep_rows`)
 
 
@@ -87,9 +89,12 @@ def _uncancelled(s: Scored, device: str, seed: int) -> list[float]:
     p, lse = reference._dense_softmax(env, program)
     p = p.nan_to_num(0.0)
     rows = 1 / (1 - s.dropout) if s.dropout < 1 else 1.0
-    dp = rows * do.abs() @ reference._grouped(v, shape.heads, torch.float64).abs().mT
+    values = reference._grouped(v, shape.heads, torch.float64)
+    dp = rows * do.abs() @ values.abs().mT
     level = math.log(2) * lse.abs().nan_to_num(0.0, 0.0, 0.0).masked_fill(lse < DEEP, 0.0).unsqueeze(-1)  # (B, H, N, 1)
-    env.grad = p * (dp + (p * dp).sum(-1, keepdim=True)) * (TERMS + level)
+    out = rows * p @ values.abs() if s.dropout else (p @ values).abs()
+    stored = torch.finfo(d.x.q.dtype).eps / 2 * (do.abs() * out).sum(-1, keepdim=True)  # (B, H, N, 1)
+    env.grad = p * ((dp + (p * dp).sum(-1, keepdim=True)) * (TERMS + level) * EPS + stored)
     gradient = vjp(program, d.case.wrt)
     ds = reference.as_tensor(evaluate([gradient.dscore], env)[0], env).expand(p.shape).abs().nan_to_num(0.0, 0.0, 0.0)
     loads = {i: torch.zeros_like(captures[i]) for i in d.case.wrt}
@@ -97,9 +102,9 @@ def _uncancelled(s: Scored, device: str, seed: int) -> list[float]:
         term = reference.as_tensor(evaluate([g], env)[0], env).abs().nan_to_num(0.0, 0.0, 0.0)
         scatter(load, term, loads[load.attr], env)  # pyright: ignore[reportArgumentType]
     dq, dk = ds @ reference._grouped(k, shape.heads, torch.float64).abs(), ds.mT @ q.abs()
-    dv = rows * (p * level).mT @ do.abs()
+    dv = rows * (p * level * EPS).mT @ do.abs()
     dk, dv = (t.unflatten(1, (shape.kv_heads, -1)).sum(2) for t in (dk, dv))
-    return [0.0, *(torch.finfo(torch.float32).eps * _largest(t) for t in (dq, dk, dv, *loads.values()))]
+    return [0.0, *map(_largest, (dq, dk, dv, *loads.values()))]
 
 
 def judge(s: Scored, device: str) -> list[str]:

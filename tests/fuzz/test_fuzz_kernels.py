@@ -91,3 +91,12 @@ def test_on_a_gpu(part: int) -> None:
         assert not wrong, "\n".join([*wrong, repr(program)])
 
     each(scores(interpreted=False), check, seed=part, count=320 // PARTS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("program", FOUND.values(), ids=FOUND)
+def test_found_on_a_gpu(program: Scored) -> None:
+    from fuzz.kernel_judge import judge
+
+    wrong = judge(program, "cuda")
+    assert not wrong, "\n".join(wrong)
