@@ -53,9 +53,7 @@ class _Recorder(TorchDispatchMode):
 
     def define(self, tensor: torch.Tensor, record: Record | None, output: int = 0) -> Value:
         value = Value(len(self.shadow.values), tensor, record, output, seq=self.seq)
-        value.differentiable = (
-            record is not None and tensor.is_floating_point() and any(v.differentiable for v in record.inputs)
-        )
+        value.differentiable = record is not None and tensor.is_floating_point() and any(v.differentiable for v in record.inputs)
         self.shadow.values.append(value)
         self.current[id(tensor)] = value
         if tensor.layout == torch.strided:
