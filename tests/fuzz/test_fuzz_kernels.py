@@ -1,13 +1,10 @@
 """Written score programs straight to the Triton kernels: through Triton's interpreter, and on a GPU.
 
-Triton decides at its import whether it interprets: that half runs in a worker process of its own, as in test_triton.py.
+Triton decides at its import whether it interprets: that half runs in the worker process of conftest.py.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -25,21 +22,6 @@ def interpreted(program: Scored) -> list[str]:
     from fuzz.kernel_judge import judge
 
     return judge(program, "cpu")
-
-
-@pytest.fixture(scope="module")
-def worker() -> Iterator[ProcessPoolExecutor]:
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"  # read by the child only
-    try:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            pool.submit(int).result()
-            yield pool
-    finally:
-        if before is None:
-            del os.environ["TRITON_INTERPRET"]
-        else:
-            os.environ["TRITON_INTERPRET"] = before
 
 
 @pytest.mark.parametrize("seed", range(2))

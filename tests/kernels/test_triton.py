@@ -1,6 +1,6 @@
 """The Triton kernels on the CPU, through Triton's interpreter, beside eager in float64.
 
-Everything here runs in the worker process of conftest.py.
+Everything here runs in the worker process of tests/conftest.py.
 bf16 is left to the GPU tests: the interpreter's bf16 products are wrong.
 """
 
