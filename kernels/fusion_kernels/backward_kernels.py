@@ -151,7 +151,7 @@ def dkdv_tiles(
             FULL_SCORE, FULL_FACTOR, FULL_DEEP, FULL_DSCORE, 1.0, False, DROPOUT,
             D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
         )  # fmt: skip
-        if not (BOUNDS is None and EVEN_N):
+        if not (BOUNDS is None and EVEN_N):  # TAIL stays True: see `forward`
             jump = full_last - full_first
             dk0, dk1, dv0, dv1 = _dkdv_loop(
                 dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_head, do_head, base + row, level + row, delta + row, words + row,
@@ -296,7 +296,7 @@ def dq_tiles(
         FULL_SCORE, FULL_FACTOR, FULL_DEEP, FULL_DSCORE, 1.0, FULL_CAPTURES, False, DROPOUT,
         D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
     )  # fmt: skip
-    if not (BOUNDS is None and EVEN_M):
+    if not (BOUNDS is None and EVEN_M):  # TAIL stays True: see `forward`
         jump = full_last - full_first
         dq0, dq1 = _dq_loop(
             dq0, dq1, q0, q1, do0, do1, k, v, row_base, row_level, row_delta, word0, word1, k_strides, v_strides,
