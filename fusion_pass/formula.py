@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import sympy
 from fusion_kernels.masks import split
 from fusion_kernels.program import Node, Program
-from fusion_kernels.tiles import kv_bounds
+from fusion_kernels.tiles import key_mask, kv_bounds
 
 from .site import MaskFacts
 
@@ -30,17 +30,20 @@ def formula(program: Program, names: Sequence[str], params: Sequence[str]) -> st
 
 
 def mask_facts(program: Program, names: Sequence[str], params: Sequence[str]) -> MaskFacts:
-    """What the program alone proves about the mask: which keys a query can see, and whether tiles are skipped."""
-    found = split(program.root)
-    if found is None or kv_bounds(program) is None:
-        return MaskFacts("full: no key is known to be masked from positions alone", False)
+    """Which keys a query can see: by position, and by tensors that hide a key from every query; whether tiles are skipped."""
     printer = _Printer(names, params)
+    found, hidden = split(program.root), key_mask(program)
+    padding = [] if hidden is None else [f"padding: {' and '.join(printer.text(c, 1) for c in _conjuncts(hidden, True))}"]
+    if found is None or kv_bounds(program) is None:
+        everywhere = "full: no key is known to be masked from positions alone"
+        return MaskFacts("; ".join(padding) or everywhere, bool(padding))
     words, causal = [], False
     for part in _conjuncts(found.dead, False):
         text, bounds_keys = _condition(part, printer)
         words.append(text)
         causal |= bounds_keys
-    return MaskFacts(f"{'causal' if causal else 'masked by position'}: {' and '.join(words)}", True)
+    position = f"{'causal' if causal else 'masked by position'}: {' and '.join(words)}"
+    return MaskFacts("; ".join([position, *padding]), True)
 
 
 _OPPOSITE = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}

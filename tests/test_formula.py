@@ -1,0 +1,45 @@
+"""What the report says of a mask: by position, by tensors that hide keys from every query, or nothing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from fusion_kernels.program import SCORE, Capture, Node, Program, apply, const, index, load
+
+from fusion_pass.formula import formula, mask_facts
+
+Q, K, B, H = index("q"), index("k"), index("b"), index("h")
+KEEP = load(0, "bool", [B, K])
+CAUSAL = apply("le", K, Q)
+NEVER = const(-math.inf)
+
+
+def masked(p: Node, *captures: Capture) -> Program:
+    return Program(apply("where", p, SCORE, NEVER), captures)
+
+
+PAIR = load(0, "bool", [Q, K])
+FACTS: dict[str, tuple[Program, str, bool]] = {
+    "none": (Program(SCORE), "full: no key is known to be masked from positions alone", False),
+    "causal": (masked(CAUSAL), "causal: k <= q", True),
+    "window": (
+        masked(apply("and", CAUSAL, apply("lt", apply("sub", Q, K), const(64)))), "causal: k <= q and k >= q - 63", True,
+    ),
+    "padding": (masked(KEEP, Capture("bool", 2)), "padding: keep[b, k]", True),
+    "no padding": (masked(apply("not", KEEP), Capture("bool", 2)), "padding: not keep[b, k]", True),
+    "both": (masked(apply("and", CAUSAL, KEEP), Capture("bool", 2)), "causal: k <= q; padding: keep[b, k]", True),
+    "by query and key": (masked(PAIR, Capture("bool", 2)), "full: no key is known to be masked from positions alone", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_mask_facts(name: str) -> None:
+    program, text, skips = FACTS[name]
+    facts = mask_facts(program, ["keep"], [])
+    assert (facts.text, facts.skips) == (text, skips)
+
+
+def test_formula() -> None:
+    program = masked(apply("and", CAUSAL, KEEP), Capture("bool", 2))
+    assert formula(program, ["keep"], []) == "softmax(where(k <= q and keep[b, k], q k^T, -inf))"
