@@ -94,6 +94,8 @@ def choose(
     needs: Sequence[bool] | None,
 ) -> str:
     """The implementation of one call, forward (`needs` is None) or backward (which captures need a gradient)."""
+    if _forced in ("aten", "cudnn") and any(needs or ()):  # neither has a gradient for a capture
+        return "tiled" if q.device.type == "cpu" else "triton"
     if _forced is not None:
         return _forced
     if q.device.type != "cpu" or _interpreting():

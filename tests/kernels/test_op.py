@@ -235,6 +235,17 @@ def test_kernel_for_and_force() -> None:
     assert kernel_for("cpu", single, single, softcap) == "tiled"
 
 
+def test_a_forced_kernel_without_gradients_of_captures_leaves_them_to_another() -> None:
+    q, k, v = (t.detach() for t in tensors(9, 9))
+    bias = torch.randn(4, 9, 9, requires_grad=True)
+    gradients = []
+    for way in ("aten", "dense"):
+        with force(way):
+            out = ATTENTION(q, k, v, [bias], [], BIASED.text, 0.0, None)[0]
+            gradients.append(torch.autograd.grad(out.square().sum(), bias)[0])
+    torch.testing.assert_close(*gradients)
+
+
 # ---------------------------------------------------------------- the public function
 
 
