@@ -141,8 +141,8 @@ def _forward(
         word0, word1, limit, full_first, 0, 0, full_last - full_first, FULL_SCORE, FULL_FACTOR, FULL_WIDE, False, DROPOUT,
         D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
     )  # fmt: skip
-    # TAIL is True below even where no key is past the end: without masks on its loads Triton 3.6 compiles this second loop to
-    # wrong numbers on Hopper (right through the interpreter; seen with causal masks at N = M = 128, D = 64 and 128).
+    # TAIL is True below even where no key is past the end: without masks on its loads this second loop gave wrong numbers on
+    # Hopper under Triton 3.6, and right ones through the interpreter (causal, N = M = 128, D = 64 and 128; cause not found).
     if not (BOUNDS is None and EVEN_M):
         cut = full_first - first
         jump = full_last - full_first
