@@ -40,9 +40,11 @@ fuzz: $(READY)
 	$(PY) -m tests.fuzz.long --examples 3000 --seed 0 --resume out/fuzz.json
 
 # Nearly all of the time is Triton's compiler, on the host: hence the processes. No test here measures time.
+# With several devices the processes take them in turn.
 test-gpu: JOBS ?= 14
 test-gpu: $(READY)
-	OMP_NUM_THREADS=1 FUSION_PASS_TEST_DEVICE=cuda $(PY) -m pytest -n $(JOBS) --dist worksteal -m gpu tests
+	OMP_NUM_THREADS=1 FUSION_PASS_TEST_DEVICE=cuda FUSION_PASS_TEST_GPUS=$$(nvidia-smi -L | wc -l) \
+	$(PY) -m pytest -n $(JOBS) --dist worksteal -m gpu tests
 
 # torch comes first and alone: with the build that pip is configured to find, and with nothing else pulling another in.
 .venv/.installed: requirements-dev.txt pyproject.toml

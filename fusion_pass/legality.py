@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import sympy
 import torch
+from fusion_kernels import choice
 
 from .indexing import expr_of
 from .match import Match
@@ -36,6 +37,8 @@ def check(shadow: Shadow, match: Match, scores: Scores, *, device: torch.device)
     allowed = DTYPES.get(device.type)
     if allowed is None:
         raise Refused(Reason.DEVICE, f"tensors on {device.type}", "cuda or cpu")
+    if trouble := choice.trouble(device):
+        raise Refused(Reason.DEVICE, *trouble)
     q, k, v = match.q, match.k, match.v
     for name, factor in (("queries", q), ("keys", k), ("values", v)):
         if factor.dtype not in allowed:

@@ -11,6 +11,9 @@ from concurrent.futures import ProcessPoolExecutor
 os.environ["FUSION_PASS_STRICT"] = "1"
 for name in ("FUSION_PASS", "FUSION_PASS_REPORT"):  # a developer's own switches are not the tests'
     os.environ.pop(name, None)
+if int(os.environ.get("FUSION_PASS_TEST_GPUS", "1")) > 1:  # test processes gw0, gw1, ... take the devices in turn
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(number % int(os.environ["FUSION_PASS_TEST_GPUS"]))
 
 import pytest  # noqa: E402 - the variables above come before torch
 import torch  # noqa: E402

@@ -12,6 +12,7 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import codegen, configs, tiles
+from .assembler import trouble
 from .program import LEAVES, Program, postorder
 from .source import INDEX_LIMIT
 
@@ -135,7 +136,9 @@ def parts(program: Program, wrt: tuple[int, ...], fast_bfloat16: bool, keys: boo
 
 
 def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """What these kernels ask of their operands, beyond what the op has checked."""
+    """What these kernels ask of their operands, beyond what the op has checked, and of their assembler."""
+    if found := trouble(q.device):
+        raise RuntimeError(f"fusion_kernels: {found[0]}; needed: {found[1]}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise TypeError(f"fusion_kernels: {name} is {x.dtype}; the Triton kernels take float32, float16 or bfloat16: cast it")

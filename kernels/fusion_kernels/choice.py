@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from . import cpu, cudnn
 from .program import Program
 from .sdpa import form
 
-__all__ = ["choose", "force", "kernel_for", "state"]
+__all__ = ["choose", "force", "kernel_for", "state", "trouble"]
 
 IMPLEMENTATIONS = ("triton", "cudnn", "aten", "tiled", "dense")
 _forced: str | None = None
@@ -77,6 +78,17 @@ def kernel_for(
         fits = plain and dtype in cudnn.HALVES and cudnn.expresses(program) and cudnn.available(device)
         return "cudnn" if fits else "triton"
     return "aten-cpu" if plain and form(program) is not None and not capture_grads else "tiled"
+
+
+def trouble(device: torch.device) -> tuple[str, str] | None:
+    """What was seen and what is needed, where no implementation can be trusted to run on this device; else None."""
+    if device.type == "cpu":
+        return None
+    if find_spec("triton") is None:
+        return "no Triton", "Triton 3.6 or later: pip install triton"
+    from . import assembler
+
+    return assembler.trouble(device)
 
 
 def state() -> tuple[object, ...]:

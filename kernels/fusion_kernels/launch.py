@@ -13,6 +13,8 @@ from typing import Any
 import triton
 from triton.runtime.errors import OutOfResources
 
+from .assembler import chosen
+
 __all__ = ["Launch"]
 
 # Kernels count on x * y - z to be one rounding. Triton 3.9 warns where that is not asked for, and 3.10 will not do it unasked.
@@ -41,7 +43,8 @@ class Launch:
         """Compiles and launches; on a device with less shared memory than the measured one, with fewer tiles in flight."""
         for stages in range(self.stages, 0, -1):
             try:
-                return self.kernel[self.grid](*arguments, *self.constants, num_warps=self.warps, num_stages=stages, **OPTIONS)
+                with chosen():
+                    return self.kernel[self.grid](*arguments, *self.constants, num_warps=self.warps, num_stages=stages, **OPTIONS)
             except OutOfResources:
                 if stages == 1:
                     raise

@@ -1,0 +1,68 @@
+"""Which ptxas turns the kernels into machine code.
+
+ptxas 12.8 (12.8.93, which Triton 3.6 and 3.7 use for Hopper) gets some of them wrong. Where a 64-bit sum of a uniform register
+pair and a constant with the sign bit set does not fit its registers in place, it writes `URx = URx + c` and forgets that the
+source was another register. The matrix descriptors of operands 16 or 32 elements wide are such sums (a head dim of 72 = 64 + 16,
+or values 1 wide): out was wrong, or the address of a load. It shows in the machine code as a uniform register that is read and
+never written, at optimisation levels 1, 2 and 3; in the same kernels from 12.9.86, 13.0 and 13.5 there is none, and their results
+are right. Triton ships a newer ptxas for Blackwell, which assembles for Hopper too: that one is taken.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from triton import knobs
+
+__all__ = ["chosen", "trouble"]
+
+SOUND = (12, 9)  # the first release of ptxas without the fault
+_TOOLS = ("ptxas", "ptxas_blackwell")  # in the order of preference: the user's own choice (TRITON_PTXAS_PATH) is the first
+_lock = threading.RLock()
+
+
+def _release(tool: Any) -> tuple[int, ...]:
+    return tuple(int(part) for part in tool.version.split("."))
+
+
+def _driver() -> tuple[int, int]:
+    """The CUDA release of the driver: code from a ptxas of a later major release may not load."""
+    version = torch._C._cuda_getDriverVersion()
+    return version // 1000, version % 1000 // 10
+
+
+@lru_cache(maxsize=1)
+def _sound() -> Any:
+    """Triton's tool to use, or None. Once a process: it asks each tool for its release."""
+    for name in _TOOLS:
+        tool = getattr(knobs.nvidia, name, None)
+        if tool is not None and SOUND <= _release(tool) and _release(tool)[0] <= _driver()[0]:
+            return tool
+    return None
+
+
+@contextmanager
+def chosen() -> Iterator[None]:
+    """Kernels compiled inside are assembled by a sound ptxas, if there is one."""
+    tool = _sound() if torch.version.cuda and torch.cuda.is_available() else None
+    if tool is None:
+        yield
+        return
+    with _lock, knobs.nvidia.scope():
+        knobs.nvidia.ptxas = tool.path
+        yield
+
+
+def trouble(device: torch.device) -> tuple[str, str] | None:
+    """What was seen and what was needed, where kernels for this device could come out wrong: a Hopper GPU, and no sound ptxas."""
+    if device.type != "cuda" or not torch.version.cuda or torch.cuda.get_device_capability(device)[0] != 9 or _sound() is not None:
+        return None
+    return (
+        f"ptxas {knobs.nvidia.ptxas.version}, which makes wrong machine code of some kernels for this GPU",
+        f"ptxas {'.'.join(map(str, SOUND))} or later, of a release that the driver loads: update Triton, or set TRITON_PTXAS_PATH to one",
+    )
