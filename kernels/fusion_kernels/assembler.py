@@ -32,7 +32,7 @@ def _release(tool: Any) -> tuple[int, ...]:
 
 def _driver() -> tuple[int, int]:
     """The CUDA release of the driver: code from a ptxas of a later major release may not load."""
-    version = torch._C._cuda_getDriverVersion()
+    version = torch._C._cuda_getDriverVersion()  # pyright: ignore[reportAttributeAccessIssue] - of a build with CUDA
     return version // 1000, version % 1000 // 10
 
 
@@ -41,7 +41,7 @@ def _sound() -> Any:
     """Triton's tool to use, or None. Once a process: it asks each tool for its release."""
     for name in _TOOLS:
         tool = getattr(knobs.nvidia, name, None)
-        if tool is not None and SOUND <= _release(tool) and _release(tool)[0] <= _driver()[0]:
+        if tool is not None and _release(tool) >= SOUND and _release(tool)[0] <= _driver()[0]:
             return tool
     return None
 
@@ -60,9 +60,12 @@ def chosen() -> Iterator[None]:
 
 def trouble(device: torch.device) -> tuple[str, str] | None:
     """What was seen and what was needed, where kernels for this device could come out wrong: a Hopper GPU, and no sound ptxas."""
-    if device.type != "cuda" or not torch.version.cuda or torch.cuda.get_device_capability(device)[0] != 9 or _sound() is not None:
+    if device.type != "cuda" or not torch.version.cuda or torch.cuda.get_device_capability(device)[0] != 9:
         return None
+    if _sound() is not None:
+        return None
+    release = ".".join(map(str, SOUND))
     return (
         f"ptxas {knobs.nvidia.ptxas.version}, which makes wrong machine code of some kernels for this GPU",
-        f"ptxas {'.'.join(map(str, SOUND))} or later, of a release that the driver loads: update Triton, or set TRITON_PTXAS_PATH to one",
+        f"ptxas {release} or later that the driver can load code of: update Triton, or set TRITON_PTXAS_PATH to one",
     )

@@ -60,6 +60,7 @@ def kernel_for(
     dropout_p: float = 0.0,
     *,
     same_head_dim: bool = True,
+    backward: bool = False,
     capture_grads: bool = False,
 ) -> str:
     """The implementation that a call would run: "cudnn", "triton", "aten-cpu" or "tiled" ("dense" only when forced).
@@ -68,16 +69,30 @@ def kernel_for(
 
     Args:
         device: of all tensors. dtype: of q and k. v_dtype: of v.
-        same_head_dim: whether v's head dim is q's. capture_grads: whether a captured tensor needs a gradient.
+        same_head_dim: whether v's head dim is q's.
+        backward: name what runs the backward; the forward otherwise.
+        capture_grads: whether a captured tensor needs a gradient, which the forward does not ask.
     """
-    if _forced is not None:
-        return {"aten": "aten-cpu"}.get(_forced, _forced)
     device = torch.device(device)
+    if _forced is not None:
+        return {"aten": "aten-cpu"}.get(_forced, _forced) if not _unable(backward and capture_grads) else _other(device)
     plain = same_head_dim and v_dtype == dtype and not dropout_p
     if device.type != "cpu" or _interpreting():
         fits = plain and dtype in cudnn.HALVES and cudnn.expresses(program) and cudnn.available(device)
         return "cudnn" if fits else "triton"
-    return "aten-cpu" if plain and form(program) is not None and not capture_grads else "tiled"
+    if backward and (capture_grads or dtype.itemsize == 2):  # see `choose`
+        return "tiled"
+    return "aten-cpu" if plain and form(program) is not None else "tiled"
+
+
+def _unable(capture_grads: bool) -> bool:
+    """Whether the forced implementation has no gradient for a capture that needs one."""
+    return capture_grads and _forced in ("aten", "cudnn")
+
+
+def _other(device: torch.device) -> str:
+    """What takes the backward that the forced implementation is unable to do."""
+    return "tiled" if device.type == "cpu" else "triton"
 
 
 def trouble(device: torch.device) -> tuple[str, str] | None:
@@ -106,10 +121,8 @@ def choose(
     needs: Sequence[bool] | None,
 ) -> str:
     """The implementation of one call, forward (`needs` is None) or backward (which captures need a gradient)."""
-    if _forced in ("aten", "cudnn") and any(needs or ()):  # neither has a gradient for a capture
-        return "tiled" if q.device.type == "cpu" else "triton"
     if _forced is not None:
-        return _forced
+        return _other(q.device) if _unable(any(needs or ())) else _forced
     if q.device.type != "cpu" or _interpreting():
         return "cudnn" if cudnn.supports(q, k, v, program, dropout_p) and cudnn.available(q.device) else "triton"
     if needs is not None and q.itemsize == 2:
