@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.fx
@@ -17,6 +19,7 @@ from . import config, legality
 from .anchors import Anchor, find_anchors
 from .factors import Factor
 from .formula import formula, mask_facts
+from .indexing import same
 from .inline import OPENED, copy_graph, inline
 from .match import Match, match
 from .plain import plain
@@ -149,10 +152,11 @@ class _Run:
             found = self._match(anchor)
             score = scores(found)
             attention = self._describe(found, score)
-            kernel = self._decide(found, score, attention)
-            sdpa = plain(found, score.program) if kernel == "cudnn" else None
+            verdict = self._decide(found, score, attention)
+            sdpa = plain(found, score.program) if verdict.kernel == "cudnn" else None
             self.splicer.splice(found, score, sdpa)
-            verdict = Verdict(True, kernel)
+            if verdict.kernel == "cudnn" and sdpa is None:  # the op decides, call by call, with the sizes before it
+                verdict = replace(verdict, kernel=_undecided(found), backward=verdict.backward and _undecided(found))
         except Refused as refusal:
             verdict = Verdict(False, reason=refusal.reason, seen=refusal.seen, needed=refusal.needed)
         except Exception as error:
@@ -161,14 +165,26 @@ class _Run:
             verdict = Verdict(False, reason=Reason.INTERNAL, seen=f"{type(error).__name__}: {error}")
         return Site(index, self.graph, source, code, anchor.record.node.name, verdict, attention)
 
-    def _decide(self, found: Match, score: Scores, attention: AttentionSite) -> str:
+    def _decide(self, found: Match, score: Scores, attention: AttentionSite) -> Verdict:
+        """The verdict on a site that may be fused.
+
+        Raises:
+            Refused: it may not be, or would not pay.
+        """
         legality.check(self.shadow, found, score, device=attention.device)
-        kernel = kernel_for(attention.device, attention.q.dtype, attention.v.dtype, score.program, attention.dropout_p)
+        needing = [o.requires_grad for o in (attention.q, attention.k, attention.v)]
+        captured = any(c.requires_grad for c in attention.captures)
+        named = partial(
+            kernel_for, attention.device, attention.q.dtype, attention.v.dtype, score.program, attention.dropout_p,
+            same_head_dim=same(found.q.shape[3], found.v.shape[3]),
+        )  # fmt: skip
+        kernel = named()
         if self.when == "profitable":
             reason = legality.profitable(found, kernel, attention.device)
             if reason is not None:
                 raise Refused(Reason.NOT_PROFITABLE, reason, 'when="always" fuses it all the same')
-        return kernel
+        trained = found.anchor.product.grad and (captured or any(needing))
+        return Verdict(True, kernel, named(backward=True, capture_grads=captured) if trained else "")
 
     def _describe(self, found: Match, score: Scores) -> AttentionSite:
         names = [_name(c) if isinstance(c, Value) else str(c.expr) for c in score.captures]
@@ -196,8 +212,16 @@ def _captured(what: Value | Number, name: str) -> Operand:
     return Operand(tuple(what.shape), what.dtype, _requires_grad(what), name)
 
 
+def _undecided(found: Match) -> str:
+    """What runs a site that cuDNN could take, were it not for sizes that do not suit it or are not known."""
+    sizes = (*found.q.shape, *found.k.shape, *found.v.shape)
+    return "triton" if all(size.is_Integer for size in sizes) else "cudnn or triton"
+
+
 def _requires_grad(value: Value) -> bool:
-    given = meta_value(value.node) if value.node is not None else None
+    if value.node is None:  # inside a composite call: Dynamo says nothing of it
+        return value.differentiable
+    given = meta_value(value.node)
     return isinstance(given, torch.Tensor) and given.requires_grad
 
 

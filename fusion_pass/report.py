@@ -19,7 +19,7 @@ from . import config
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from .site import AttentionSite, Operand, Site
+    from .site import AttentionSite, Operand, Site, Verdict
 
 __all__ = ["GraphEntry", "Report", "collect", "graph", "last_report"]
 
@@ -173,11 +173,17 @@ def _lines(site: Site, count: int) -> list[str]:
         rows += [("shapes", _shapes(attention)), ("formula", attention.formula), ("mask", attention.mask.text)]
         rows += [("dropout", f"p = {attention.dropout_p:g}, in the kernel")] if attention.dropout_p else []
     if verdict.fused:
-        rows += [("kernel", verdict.kernel)]
+        rows += [("kernel", _kernels(verdict))]
         rows += [("saved", _saved(attention.bytes_saved, count))] if attention and attention.bytes_saved is not None else []
     else:
         rows += [("why", verdict.reason.value if verdict.reason else ""), ("seen", verdict.seen), ("needed", verdict.needed)]
     return [f"  {name:<8} {text}" for name, text in rows if text]
+
+
+def _kernels(verdict: Verdict) -> str:
+    """One name where forward and backward are run by the same kernel, or there is no backward."""
+    same = verdict.backward in ("", verdict.kernel)
+    return verdict.kernel if same else f"{verdict.kernel}, backward {verdict.backward}"
 
 
 def _shapes(attention: AttentionSite) -> str:

@@ -85,10 +85,16 @@ class AttentionSite:
 
 @dataclass(frozen=True)
 class Verdict:
-    """fused: whether the op was spliced in. kernel: which implementation will run ("triton", "aten-cpu", "tiled", ...)."""
+    """What was decided, and why.
+
+    fused: whether the op was spliced in.
+    kernel: which implementation runs its forward ("triton", "cudnn", "aten-cpu", "tiled").
+    backward: which runs its backward; empty where nothing needs a gradient.
+    """
 
     fused: bool
     kernel: str = ""
+    backward: str = ""
     reason: Reason | None = None
     seen: str = ""
     needed: str = ""

@@ -22,7 +22,7 @@ from fusion_pass import pipeline
 
 @pytest.fixture(autouse=True)
 def as_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    def kernel_for(device: object, dtype: torch.dtype, v_dtype: torch.dtype, program: Program, dropout_p: float = 0.0) -> str:
+    def kernel_for(_: object, dtype: torch.dtype, v_dtype: torch.dtype, program: Program, dropout_p: float, **how: bool) -> str:
         fits = dtype == v_dtype and dtype in cudnn.HALVES and not dropout_p and cudnn.expresses(program)
         return "cudnn" if fits else "tiled"
 
@@ -117,11 +117,20 @@ OTHERS: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
 }
 
 
+def named() -> tuple[str, str]:
+    """The kernels that the report names: of the forward, and of the backward."""
+    (site,) = fusion_pass.last_report().fused
+    return site.verdict.kernel, site.verdict.backward
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_op(name: str) -> None:
     fn, inputs = OTHERS[name]
     assert compiled(fn, inputs) == ["op"]
+    assert "cudnn" not in named()
 
 
 def test_unknown_lengths_are_left_to_the_op() -> None:
     assert compiled(causal, tensors(), dynamic=True) == ["op"]
+    assert compiled(other_scale, tensors(), dynamic=True) == ["op"]
+    assert named() == ("cudnn or triton", "cudnn or triton")

@@ -223,12 +223,17 @@ def test_kernel_for_and_force() -> None:
     assert kernel_for("cpu", single, single, CAUSAL, 0.1) == "tiled"
     assert kernel_for("cpu", single, torch.bfloat16, CAUSAL) == "tiled"
     assert kernel_for("cpu", single, single, softcap) == "tiled"
-    assert kernel_for("cpu", single, single, CAUSAL, capture_grads=True) == "tiled"
+    assert kernel_for("cpu", single, single, CAUSAL, backward=True) == "aten-cpu"
+    assert kernel_for("cpu", single, single, CAUSAL, backward=True, capture_grads=True) == "tiled"
+    assert kernel_for("cpu", torch.bfloat16, torch.bfloat16, CAUSAL) == "aten-cpu"
+    assert kernel_for("cpu", torch.bfloat16, torch.bfloat16, CAUSAL, backward=True) == "tiled"
     assert kernel_for("cpu", single, single, CAUSAL, same_head_dim=False) == "tiled"
     with force("dense"):
         assert kernel_for("cpu", single, single, CAUSAL) == "dense"
         with force("aten"):
             assert kernel_for("cpu", single, single, CAUSAL) == "aten-cpu"
+            assert kernel_for("cpu", single, single, CAUSAL, backward=True, capture_grads=True) == "tiled"
+            assert kernel_for("cuda", single, single, CAUSAL, backward=True, capture_grads=True) == "triton"
     message = "fusion_kernels: no implementation 'flash'; there are triton, cudnn, aten, tiled, dense"
     with pytest.raises(ValueError, match=message), force("flash"):
         pass
