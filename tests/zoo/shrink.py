@@ -1,0 +1,252 @@
+"""A configuration of transformers made small, by rules on the names of its fields.
+
+Three things are cut, each so that what fitted together still does:
+
+- depth: two layers, or as many as there are different kinds of layers (full and sliding attention, dense and sparse, ...);
+- width: every size is divided by one number for the whole configuration, chosen so that no head is narrower than 8. Equal sizes
+  stay equal, and products (heads x head dim) stay products, which no table of absolute sizes could promise;
+- what is counted: words, experts, positions, queries, and the pixels of a picture, which is four patches wide.
+
+Numbers of heads are left alone. All dropout is switched off: a fused and an eager result are compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
+from .traits import CONFIG_OVERRIDES, DEFAULTS
+
+__all__ = ["default_config", "dropout_off", "small_config"]
+
+Fields = dict[str, Any]
+
+VOCABULARY = 320
+LAYERS = 2
+MIN_HEAD = 8
+
+_NOT_FIELDS = {"architectures", "id2label", "label2id", "transformers_version", "dtype", "problem_type", "per_layer_config"}
+
+DEPTH = re.compile(
+    r"^(num_(hidden_|encoder_|decoder_|block_|attention_|transformer_|conformer_)?layers|(n|encoder|decoder|e|d)_layers?|n_layers?|depth"
+    r"|.*num_hidden_layers|.*_num_layers|num_(encoder|decoder|text|cross|shared|resampler)_layers"
+    r"|(speech|t2u|text|x|l|r|predictor|detector|decoder|encoder|resampler|perceiver|conf)_?(encoder|decoder)?_?(num_hidden_)?(layers|depth)"
+    r"|(encoder|decoder|speech_encoder|text_encoder|speech_decoder|vision|audio|text|predictor|detector)_(layers|depth)"
+    r"|.*_encoder_layers|.*_decoder_layers|num_.*_hidden_layers|depth_encoder|depth_decoder)$"
+)
+NOT_DEPTH = {"num_feat_extract_layers", "num_hidden_groups"}
+DEPTHS = re.compile(r"^(.*depths|depth|blocks_per_stage|num_blocks|layers_per_stage|encoder_blocks|stage_num_blocks)$")
+WIDTH = re.compile(
+    r"(^|_)(d_model|n_embd|d_ff|d_kv|n_inner|d_head|d_inner|d_embed|emb_dim|hidden_size|embed_dim|dim|dims|dim_head|channels?|features?|width"
+    r"|rank|units|intermediate_size|hidden_sizes|hidden_dim|embedding_size|ffn_size|inner_size|embed_dims|output_size|hidden_size_global"
+    r"|channel_list|embed_dim_per_stage|channel_size|query_pre_attn_scalar|hidden_features)$"
+    r"|(^|_)(hidden|embed|embedding|ffn|proj|projection|inner|intermediate|model|attention|entity_emb|bottleneck|d)_(size|dim)s?(_|$)"
+)
+NOT_WIDTH = re.compile(r"vocab|patch_size|image_size|codebook_size|(^|_)(in|num|input|image)_channels$|num_|quantiz|n_group")
+COUNTS: dict[re.Pattern[str], int] = {
+    re.compile(r"^(num|n)_(local_|routed_|shared_)?experts$|^moe_num_experts$|^num_local_experts$"): 4,
+    re.compile(r"^(num_)?experts_per_tok(oken)?$|^num_experts_per_tok$|^moe_(k|topk|top_k)$|^(moe_)?top_?k$|^num_selected_experts$"): 2,
+    re.compile(r"^n_shared_experts$|^n_group$|^topk_group$|^num_expert_group$|^first_k_dense_replace$"): 1,
+    re.compile(r"^(max_position_embeddings|n_positions|max_seq_len|max_seq_length|max_sequence_length|seq_length|max_length)$"): 512,
+    re.compile(r"^(max_(source|target)_positions)$"): 128,
+    re.compile(r"^(num_queries|num_query_tokens|num_object_queries|num_latents|resampler_n_latents)$"): 7,
+    re.compile(r"^(sliding_window|local_attention|attention_window_size|attention_chunk_size|window_attention_size)$"): 16,
+}
+INDICES = re.compile(r"(out_indices|_indexes|_indices|_layer_ids|extract_layers|hook_ids|_idxs|_index_list|^out_layers|fusion_layers)$")
+HEADS = re.compile(r"(^|_)(n_heads?|num_heads|num_attention_heads|attention_heads|num_key_value_heads|.*_attention_heads)(_|$)")
+HEAD_DIM = re.compile(r"(^|_)(head_dim|d_kv|d_head|dim_head|attention_head_size|kv_channels)$")
+MODEL_DIM = re.compile(
+    r"^(hidden_size|d_model|n_embd|embed_dim|dim|hidden_dim|hidden_sizes|embed_dims?|emb_dim|embed_dim_per_stage|decoder_hidden_size"
+    r"|decoder_embed_dim|encoder_hidden_dim|decoder_hidden_dim)$"
+)
+DROPOUT = re.compile(r"drop|mask_time_prob|mask_feature_prob|apply_spec_augment|router_jitter|layerdrop|mask_ratio")
+TOKEN = re.compile(r"(token_id|token_index|tokens_id|_index|_token)$")
+
+
+def default_config(model_type: str) -> PretrainedConfig:
+    """The configuration that `model_type` has by default; where it has none, one made of the parts in `traits.DEFAULTS`."""
+    parts = {name: default_config(part) for name, part in DEFAULTS.get(model_type, {}).items()}
+    return CONFIG_MAPPING[model_type](**parts)
+
+
+def small_config(model_type: str) -> PretrainedConfig:
+    """The small configuration of architecture `model_type`."""
+    config = default_config(model_type)
+    divisor = _divisor(config)
+    return _small(config, CONFIG_OVERRIDES.get(model_type, {}).get("divisor", divisor), CONFIG_OVERRIDES.get(model_type, {}))
+
+
+def dropout_off(model: Any) -> None:
+    """No dropout anywhere: not in modules, nor in the numbers that functional ones read."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and (DROPOUT.search(name) or (name == "p" and "Drop" in type(module).__name__)):
+                setattr(module, name, 0.0)
+
+
+# ---------------------------------------------------------------- one configuration
+
+
+def _small(config: PretrainedConfig, divisor: int, own: Fields) -> PretrainedConfig:
+    fields = _fields(config)
+    layers, kinds = _layers(fields)
+    changed: Fields = {}
+    for name, value in fields.items():
+        if isinstance(value, PretrainedConfig):
+            changed[name] = _small(value, divisor, own.get(name, {}))
+        elif name in own:
+            changed[name] = own[name]
+        elif value is not None:
+            changed[name] = _field(name, value, divisor, layers, kinds)
+    changed = _pictures(changed) | _tokens(changed)
+    changed |= {name: value for name, value in own.items() if name != "divisor" and not isinstance(value, dict)}
+    return type(config)(**changed)
+
+
+def _fields(config: PretrainedConfig) -> Fields:
+    names = [f.name for f in dataclasses.fields(config) if f.init and f.name not in _NOT_FIELDS]
+    names += [name for name in config.sub_configs if name not in names]
+    return {name: getattr(config, name, None) for name in names}
+
+
+def _field(name: str, value: Any, divisor: int, layers: int, kinds: list[int]) -> Any:
+    if DROPOUT.search(name):
+        return type(value)(0) if isinstance(value, (int, float)) else value
+    if isinstance(value, bool) or isinstance(value, (str, dict)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return type(value)(_list(name, list(value), divisor, layers, kinds))
+    if not isinstance(value, int):
+        return value
+    if name not in NOT_DEPTH and DEPTH.match(name):
+        return min(value, len(kinds) if value == layers else LAYERS)
+    for pattern, most in COUNTS.items():
+        if pattern.match(name):
+            return min(value, most)
+    if name.endswith("vocab_size") and name != "type_vocab_size":
+        return min(value, VOCABULARY)
+    return _divided(value, divisor) if _is_width(name) else value
+
+
+def _list(name: str, value: list[Any], divisor: int, layers: int, kinds: list[int]) -> list[Any]:
+    if DEPTHS.match(name) and all(isinstance(x, int) for x in value):
+        return [min(x, LAYERS) for x in value]
+    if INDICES.search(name) and all(isinstance(x, int) for x in value):
+        return sorted({min(x, len(kinds) - 1) for x in value}) if layers else value
+    if len(value) == layers and layers > 4:
+        value = [value[i] for i in kinds]
+    if all(isinstance(x, int) and not isinstance(x, bool) for x in value) and _is_width(name):
+        return [_divided(x, divisor) for x in value]
+    return value
+
+
+def _is_width(name: str) -> bool:
+    return bool(WIDTH.search(name)) and not NOT_WIDTH.search(name)
+
+
+def _divided(value: int, divisor: int) -> int:
+    return value // divisor if value % divisor == 0 and value // divisor >= 4 else value
+
+
+# ---------------------------------------------------------------- depth
+
+
+def _layers(fields: Fields) -> tuple[int, list[int]]:
+    """How many layers there are, and which of them to keep: the first of each kind, and two at least."""
+    depths = [v for k, v in fields.items() if isinstance(v, int) and not isinstance(v, bool) and DEPTH.match(k)]
+    layers = next((fields[k] for k in ("num_hidden_layers", "num_layers", "n_layer", "depth") if k in fields and fields[k] in depths), 0)
+    layers = layers or max(depths, default=0)
+    columns = [v for v in fields.values() if isinstance(v, (list, tuple)) and len(v) == layers and layers > 4]
+    kinds: dict[tuple[str, ...], int] = {}
+    for i in range(layers if columns else 0):
+        kinds.setdefault(tuple(str(column[i]) for column in columns), i)
+    kept = sorted(kinds.values())[:4]
+    kept += [i for i in range(layers) if i not in kept][: max(0, min(LAYERS, layers) - len(kept))]
+    return layers, sorted(kept) or list(range(LAYERS))
+
+
+# ---------------------------------------------------------------- width
+
+
+def _divisor(config: PretrainedConfig) -> int:
+    """The largest power of two by which every head's width can be divided and stay even, and `MIN_HEAD` at least."""
+    widths = list(_head_widths(config))
+    fits = [d for d in (32, 16, 8, 4, 2, 1) if all(w % (2 * d) == 0 and w // d >= MIN_HEAD for w in widths)]
+    return fits[0] if widths and fits else 1
+
+
+def _head_widths(config: PretrainedConfig) -> Iterator[int]:
+    fields = _fields(config)
+    for value in fields.values():
+        if isinstance(value, PretrainedConfig):
+            yield from _head_widths(value)
+    explicit = [v for k, v in fields.items() if HEAD_DIM.search(k) and isinstance(v, int) and v >= MIN_HEAD]
+    yield from explicit
+    heads = [_numbers(v) for k, v in fields.items() if HEADS.search(k) and "key_value" not in k and not k.startswith("linear")]
+    sizes = [_numbers(v) for k, v in fields.items() if MODEL_DIM.match(k)]
+    for hs, ds in itertools.product(heads, sizes):
+        if len(ds) == 1 and len(hs) > 1:  # Swin: the width doubles from stage to stage
+            ds = [ds[0] * 2**i for i in range(len(hs))]
+        if len(hs) == 1:
+            hs = hs * len(ds)
+        yield from (d // h for h, d in zip(hs, ds, strict=False) if h and d % h == 0 and d // h >= MIN_HEAD and not explicit)
+
+
+def _numbers(value: Any) -> list[int]:
+    if isinstance(value, bool) or value is None:
+        return []
+    if isinstance(value, int):
+        return [value]
+    return [x for x in value if isinstance(x, int)] if isinstance(value, (list, tuple)) else []
+
+
+# ---------------------------------------------------------------- pictures and special tokens
+
+
+def _pictures(fields: Fields) -> Fields:
+    """A picture is four patches wide; a hierarchy of stages, which halves it again and again, gets 64 pixels."""
+    size, patch = fields.get("image_size"), fields.get("patch_size")
+    if size is None:
+        return fields
+    staged = any(DEPTHS.match(k) and isinstance(v, (list, tuple)) for k, v in fields.items())
+    width = 64 if staged or not isinstance(patch, int) else 4 * patch
+    if isinstance(patch, (list, tuple)) and not staged:
+        width = 4 * max(patch)
+    if isinstance(size, (list, tuple)):
+        return fields | {"image_size": type(size)(min(s, width) for s in size)}
+    return fields | {"image_size": min(size, width)}
+
+
+def _tokens(fields: Fields) -> Fields:
+    """Special tokens beyond the small vocabulary get numbers of their own below its end."""
+    words = min((v for v in _vocabularies(fields)), default=VOCABULARY)
+    used: dict[int, int] = {}
+    renamed: Fields = {}
+    for name, value in fields.items():
+        if not TOKEN.search(name) or isinstance(value, bool) or not (isinstance(value, (int, list))):
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if not all(isinstance(i, int) for i in ids):
+            continue
+        new = [i if i < words - 40 else used.setdefault(i, words - 1 - len(used)) for i in ids]
+        renamed[name] = new if isinstance(value, list) else new[0]
+    return renamed
+
+
+def _vocabularies(fields: Fields) -> Iterator[int]:
+    for name, value in fields.items():
+        if name == "vocab_size" and isinstance(value, int) and value > 60:
+            yield value
+        if isinstance(value, PretrainedConfig):
+            yield from _vocabularies(_fields(value))
+
+
+def size(config: PretrainedConfig) -> int:
+    """The largest number among the widths: what says that a rule has missed one."""
+    return max((math.prod(_numbers(v)[:1]) for k, v in _fields(config).items() if _is_width(k)), default=0)
