@@ -10,6 +10,7 @@ are right. Triton ships a newer ptxas for Blackwell, which assembles for Hopper 
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,9 @@ def _release(tool: Any) -> tuple[int, ...]:
 
 def _driver() -> tuple[int, int]:
     """The CUDA release of the driver: code from a ptxas of a later major release may not load."""
-    version = torch._C._cuda_getDriverVersion()  # pyright: ignore[reportAttributeAccessIssue] - of a build with CUDA
+    found = ctypes.c_int(0)
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(found))
+    version = found.value  # 12080 for CUDA 12.8
     return version // 1000, version % 1000 // 10
 
 

@@ -226,9 +226,15 @@ def index_axes(node: Node) -> tuple[bool, bool]:
 
 
 def function(name: str, arguments: str, lines: Sequence[str]) -> Any:
-    """The @triton.jit function with this body, compiled from a source that `inspect` can read back."""
-    source = f"@triton.jit\ndef {name}({arguments}):\n" + "".join(f"    {line}\n" for line in lines)
-    filename = f"<fusion_kernels {name} {hashlib.sha256(source.encode()).hexdigest()[:16]}>"
+    """The @triton.jit function with this body, compiled from a source that `inspect` can read back.
+
+    The name ends in a hash of the body: Triton compiles a function that gets others as constants once for each of their names,
+    so that two bodies of one name would be one (a masked loop ran with the score of the full one).
+    """
+    body = f"({arguments}):\n" + "".join(f"    {line}\n" for line in lines)
+    name = f"{name}_{hashlib.sha256(body.encode()).hexdigest()[:16]}"
+    source = f"@triton.jit\ndef {name}{body}"
+    filename = f"<fusion_kernels {name}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     namespace = {"tl": tl, "triton": triton, "device": device, "libdevice": libdevice, "__name__": "fusion_kernels.generated"}
     exec(compile(source, filename, "exec"), namespace)
