@@ -33,8 +33,11 @@ def test_interpreted(worker: ProcessPoolExecutor, seed: int) -> None:
     each(scores(interpreted=True), check, seed=seed, count=20)
 
 
-def scored(text: str, shape: tuple[int, ...], *captures: Input, dropout: float = 0.0) -> Scored:
-    return Scored(text, shape, captures, (), "float32", dropout, True, 5, None)
+def scored(text: str, shape: tuple[int, ...], *captures: Input, dropout: float = 0.0, dtype: str = "float32") -> Scored:
+    return Scored(text, shape, captures, (), dtype, dropout, True, 5, None)
+
+
+SCALED = "captures; params 0; %0 = score; %1 = const -0.3; %2 = mul %0 %1"
 
 
 FOUND = {  # came out wrong once, made short
@@ -53,6 +56,14 @@ FOUND = {  # came out wrong once, made short
         "captures bool[2]; params 0; %0 = index h; %1 = index q; %2 = load 0 %0 %1; %3 = score; %4 = const -inf; "
         "%5 = where %2 %3 %4",
         (1, 2, 2, 7, 40, 8, 8), Input("c0", (2, 7), "keep", dtype=torch.bool, dead=True), dropout=0.5,
+    ),
+    # ptxas 12.8 took the descriptors of the second part of the values from registers that nobody had written.
+    "values in two parts, by single elements": scored(SCALED, (1, 2, 1, 128, 64, 1, 72), dtype="float16"),
+    "narrow values": scored(SCALED, (2, 2, 2, 128, 129, 72, 1), dtype="float16"),
+    # The masked loop is another instance of the loop than the full one, also where its loads need no masks.
+    "causal, whole tiles": scored(
+        "captures; params 0; %0 = index q; %1 = index k; %2 = ge %0 %1; %3 = score; %4 = const -inf; %5 = where %2 %3 %4",
+        (1, 2, 2, 128, 128, 16, 16),
     ),
 }  # fmt: skip
 
