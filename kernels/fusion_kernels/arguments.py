@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,15 +14,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import codegen, configs, tiles
 from .assembler import trouble
+from .keys import allows_tf32
 from .program import LEAVES, Program, postorder
 from .source import INDEX_LIMIT
 
 __all__ = [
-    "Blocks", "Parts", "allows_tf32", "check", "describable", "on_device", "parts", "precision", "split", "strides", "tiles_of",
+    "Blocks", "Parts", "Scratch", "check", "describable", "parts", "precision", "split", "strides", "tiles_of",
     "traits",
 ]  # fmt: skip
 
-_NOWHERE = nullcontext()
 _BUSY = 12  # operations on a score from which on the registers they need count
 
 
@@ -84,16 +85,31 @@ class Blocks:
         return descriptor
 
 
-def on_device(x: torch.Tensor) -> Any:
-    """A context in which x's device is the current one: Triton launches there."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return _NOWHERE
+class Scratch:
+    """One allocation for what only the kernels of a call read and write.
 
+    Args:
+        parts: (dtype of 4 bytes, number of elements) of each; no part where the number is 0.
+    """
 
-def allows_tf32() -> bool:
-    """Whether eager's fp32 products may round to tf32. Reading `allow_tf32` raises once `fp32_precision` was set: read that."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    def __init__(self, device: torch.device, *parts: tuple[torch.dtype, int]) -> None:
+        self.device, self.parts = device, parts
+        starts = [0, *accumulate(-(-size // 32) * 32 for _, size in parts)]  # 128 bytes: a line of memory
+        self.starts, self.size = starts[:-1], starts[-1]
+
+    def new(self) -> torch.Tensor:
+        """The memory, to be kept until the last launch that is given a part of it."""
+        return torch.empty(self.size, dtype=torch.int32, device=self.device)
+
+    def split(self, memory: torch.Tensor, of: Callable[[torch.Tensor], Any]) -> list[Any]:
+        """The parts as tensors or, if `of` gives addresses, as these; None for no part."""
+        first = of(memory)
+        if isinstance(first, int):
+            return [first + 4 * start if size else None for start, (_, size) in zip(self.starts, self.parts, strict=True)]
+        return [
+            memory[start : start + size].view(dtype) if size else None
+            for start, (dtype, size) in zip(self.starts, self.parts, strict=True)
+        ]
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -21,48 +21,31 @@ digits left for the sum over its keys: `deep_rows` finds the maximum and the sum
 # pyright: reportIndexIssue=false, reportOperatorIssue=false, reportCallIssue=false
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from . import codegen, configs
-from .arguments import Blocks, allows_tf32, check, describable, on_device, parts, precision, split, strides, tiles_of, traits
+from .arguments import Blocks, Scratch, check, describable, parts, precision, split, strides, tiles_of, traits
 from .backward_kernels import dkdv_tiles, dq_tiles
 from .backward_rows import deep_rows, delta_rows
 from .backward_table import table_tiles
 from .device import FLAG_ROWS
 from .dropout import keep_scale, threshold
 from .key_ranges import KeyRanges
-from .keys import Plans, number, signature
-from .launch import Launch
+from .keys import Plans, allows_tf32, number, signature
+from .launch import Launch, Place
 from .program import Program
 
-__all__ = ["attention_backward", "stored"]
+__all__ = ["attention_backward", "plan", "stored"]
 
 _LOG2E = 1.4426950408889634
 _ROWS = FLAG_ROWS.value  # rows a program of the small kernels
 
 
-@dataclass
-class _Plan:
-    """The launches of one kind of call, and the descriptors of (q, do) for dk and dv, of (k, v) for dq."""
-
-    program: Program  # held, so that the id in the key stays its own
-    wrt: tuple[int, ...]
-    flags: bool
-    delta: Launch
-    deep: Launch | None
-    dkdv: Launch
-    dkdv_tma: tuple[Blocks, Blocks] | None
-    dq: Launch
-    dq_tma: tuple[Blocks, Blocks] | None
-    tables: list[tuple[int, Launch]]
-    ranges: KeyRanges | None  # asks which keys padding hides
-
-
-_plans: dict[Any, _Plan] = Plans()
+Fill = Callable[..., None]  # (do, q, k, v, captures, params, seed, out, lse, dq, dk, dv, dcaptures) -> fills the last four
 
 
 def attention_backward(
@@ -84,7 +67,6 @@ def attention_backward(
     dcaptures: Sequence[torch.Tensor | None],
     dkdv_tile: configs.Tile | None = None,
     dq_tile: configs.Tile | None = None,
-    key: Hashable = None,
 ) -> None:
     """Fills dq, dk, dv (any strides) and adds to `dcaptures` (one for each flagged capture: fp32, zeroed by the caller; or
     as it comes, if it is `stored`).
@@ -93,26 +75,20 @@ def attention_backward(
         do: (B, H, N, Dv), any strides; q ... lse: what the forward got and gave.
         needs: one flag for each capture.
         dkdv_tile, dq_tile: override the measured choice of `configs`.
-        key: stands for everything but `params` and the tiles, where the caller has worked it out already.
 
     Raises:
         TypeError, ValueError: a dtype, head dim or length that these kernels do not take.
     """
-    if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
-        for gradient in (dq, dk, dv):
-            gradient.zero_()
-        return
-    if key is None:
-        key = (id(program), dropout_p, signature(do, q, k, v, out, lse, dq, dk, dv, *captures), signature(*dcaptures))
-    key = (key, tuple(needs), tuple(map(number, params)), dkdv_tile, dq_tile, allows_tf32())
-    plan = _plans.get(key)
-    if plan is None:
-        plan = _plans[key] = _plan(
-            do, q, k, v, captures, program, dropout_p, out, lse, needs, dq, dk, dv, dcaptures, dkdv_tile, dq_tile
-        )
-    seed = seed if dropout_p > 0 else None
-    with on_device(q):
-        _run(plan, do, q, k, v, codegen.aux_arguments(program, captures, params), seed, out, lse, dq, dk, dv, dcaptures)
+    look = signature(do, q, k, v, seed, out, lse, dq, dk, dv, *captures), signature(*dcaptures), tuple(needs)
+    tiles = dkdv_tile, dq_tile
+    key = (id(program), dropout_p, look, tuple(map(number, params)), tiles, allows_tf32(), configs.FEW_KEYS)
+    fill = _plans.get(key)
+    if fill is None:
+        fill = _plans[key] = plan(do, q, k, v, captures, program, dropout_p, out, lse, needs, dq, dk, dv, dcaptures, *tiles)
+    fill(do, q, k, v, captures, params, seed, out, lse, dq, dk, dv, dcaptures)
+
+
+_plans: dict[Any, Fill] = Plans()
 
 
 def stored(
@@ -127,37 +103,73 @@ def stored(
     return {t.capture for t in tables if t.covers(captures[t.capture].shape, sizes)}
 
 
-def _run(
-    plan: _Plan, do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, aux: tuple[Any, ...],
-    seed: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor,
-    dcaptures: Sequence[torch.Tensor | None],
-) -> None:  # fmt: skip
-    if plan.ranges is not None:
-        aux = plan.ranges(aux, lse.device)
-    delta = torch.empty_like(lse)
-    flags = lse.new_empty((*lse.shape[:2], tiles_of(lse.shape[2], _ROWS)), dtype=torch.int32) if plan.flags else None
-    words = lse.new_empty((2, *lse.shape), dtype=torch.int32) if seed is not None else None
-    plan.delta(do, out, lse, delta, flags, seed, words)
-    base, level = lse, lse
-    if plan.deep is not None:
-        base, level = torch.empty_like(lse), torch.empty_like(lse)
-        plan.deep(q, k, lse, base, level, aux)
-    rows = (base, level, delta, flags, lse if words is None else words, aux)
-    tma = plan.dkdv_tma
-    queries, gradients = (tma[0].of(q), tma[1].of(do)) if tma else (q, do)
-    plan.dkdv(queries, k, v, gradients, dk, dv, *rows)
-    tma = plan.dq_tma
-    keys, values = (tma[0].of(k), tma[1].of(v)) if tma else (k, v)
-    plan.dq(q, keys, values, do, dq, *rows, codegen.gradient_arguments([dcaptures[i] for i in plan.wrt]))
-    for position, launch in plan.tables:
-        launch(q, k, v, do, *rows, dcaptures[position])
+@dataclass(frozen=True)
+class _Plan:
+    """The launches of one kind of call, and the descriptors of (q, do) for dk and dv, of (k, v) for dq."""
+
+    program: Program  # held, so that the id in a key stays its own
+    wrt: tuple[int, ...]
+    dropout: bool
+    place: Place
+    scratch: Scratch  # delta, flags, words, base, level
+    delta: Launch
+    deep: Launch | None
+    dkdv: Launch
+    dkdv_tma: tuple[Blocks, Blocks] | None
+    dq: Launch
+    dq_tma: tuple[Blocks, Blocks] | None
+    tables: list[tuple[int, Launch]]
+    ranges: KeyRanges | None  # asks which keys padding hides
+
+    def __call__(
+        self, do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Sequence[torch.Tensor],
+        params: Sequence[int], seed: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor,
+        dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, dcaptures: Sequence[torch.Tensor | None],
+    ) -> None:  # fmt: skip
+        if not self.place.current():
+            with torch.cuda.device(q.device):
+                return self(do, q, k, v, captures, params, seed, out, lse, dq, dk, dv, dcaptures)
+        stream = self.place.stream()
+        of = (self.tables[-1][1] if self.tables else self.dq).of  # the last launch's: the others have their binaries by then
+        aux = codegen.aux_arguments(self.program, captures, params, of)
+        daux = codegen.gradient_arguments([dcaptures[i] for i in self.wrt], of)
+        if self.ranges is not None:
+            aux = self.ranges(aux, q.device, stream)
+        memory = self.scratch.new()
+        delta, flags, words, base, level = self.scratch.split(memory, of)
+        tma = self.dkdv_tma
+        queries, gradients = (tma[0].of(q), tma[1].of(do)) if tma else (of(q), of(do))
+        tma = self.dq_tma
+        keys, values = (tma[0].of(k), tma[1].of(v)) if tma else (of(k), of(v))
+        seed = seed if self.dropout else None
+        do, q, k, v, lse = of(do), of(q), of(k), of(v), of(lse)
+        self.delta(stream, do, of(out), lse, delta, flags, None if seed is None else of(seed), words)
+        if self.deep is not None:
+            self.deep(stream, q, k, lse, base, level, aux)
+        base, level, words = (lse if part is None else part for part in (base, level, words))
+        rows = (base, level, delta, flags, words, aux)
+        self.dkdv(stream, queries, k, v, gradients, of(dk), of(dv), *rows)
+        self.dq(stream, q, keys, values, do, of(dq), *rows, daux)
+        for position, launch in self.tables:
+            launch(stream, q, k, v, do, *rows, of(dcaptures[position]))
 
 
-def _plan(
+def _zeros(*arguments: Any) -> None:
+    """For no queries, no keys or no head dim."""
+    *_, dq, dk, dv, _ = arguments
+    for gradient in (dq, dk, dv):
+        gradient.zero_()
+
+
+def plan(
     do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Sequence[torch.Tensor], program: Program,
     dropout_p: float, out: torch.Tensor, lse: torch.Tensor, needs: Sequence[bool], dq: torch.Tensor, dk: torch.Tensor,
-    dv: torch.Tensor, dcaptures: Sequence[torch.Tensor | None], dkdv_tile: configs.Tile | None, dq_tile: configs.Tile | None,
-) -> _Plan:  # fmt: skip
+    dv: torch.Tensor, dcaptures: Sequence[torch.Tensor | None], dkdv_tile: configs.Tile | None = None,
+    dq_tile: configs.Tile | None = None,
+) -> Fill:  # fmt: skip
+    """What `attention_backward` does, for every call that looks like this one (dq ... dcaptures may have no memory)."""
+    if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
+        return _zeros
     check(q, k, v)
     B, H, N, D = q.shape
     kv_heads, M, DV = k.shape[1], k.shape[2], v.shape[3]
@@ -236,4 +248,16 @@ def _plan(
         )  # fmt: skip
         tables.append((table.capture, Launch(table_tiles, grid, constants, tile.warps, tile.stages)))
     ranges = KeyRanges(program, found.key_mask, (B, H, N, M)) if found.key_mask is not None else None
-    return _Plan(program, wrt, flags, delta, deep, dkdv, dkdv_tma, dq_launch, dq_tma, tables, ranges)
+    rows = B * H * N
+    apart = rows if deep is not None else 0
+    scratch = Scratch(
+        q.device,
+        (torch.float32, rows),
+        (torch.int32, row_grid if flags else 0),
+        (torch.int32, 2 * rows if dropout_p > 0 else 0),
+        (torch.float32, apart),
+        (torch.float32, apart),
+    )
+    return _Plan(
+        program, wrt, dropout_p > 0, Place(q.device), scratch, delta, deep, dkdv, dkdv_tma, dq_launch, dq_tma, tables, ranges
+    )

@@ -17,7 +17,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from . import cpu, cudnn
+from . import configs, cpu, cudnn
+from .keys import allows_tf32
 from .program import Program
 from .sdpa import form
 
@@ -106,9 +107,11 @@ def trouble(device: torch.device) -> tuple[str, str] | None:
     return assembler.trouble(device)
 
 
-def state() -> tuple[object, ...]:
-    """What `choose` depends on beside its arguments: what the user has set."""
-    return _forced, torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
+def state(dtype: torch.dtype) -> tuple[object, ...]:
+    """What decides how a call with q of this dtype is run, beside its arguments: what the user has set."""
+    tf32 = dtype == torch.float32 and allows_tf32()
+    settings = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
+    return _forced, *settings, tf32, configs.FEW_KEYS
 
 
 def choose(

@@ -20,7 +20,7 @@ The source is registered in `linecache` under a hash of itself, because Triton r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -283,17 +283,22 @@ def key_mask(program: Program) -> Any:
 # ---------------------------------------------------------------- what the functions are called with
 
 
-def aux_arguments(program: Program, captures: Sequence[Any], params: Sequence[int]) -> tuple[Any, ...]:
-    """The `aux` tuple: the parameters, then each capture's tensor and strides (never empty: Triton has no empty tuple)."""
-    flat: list[Any] = list(params)
-    for tensor in captures:
-        flat += [tensor, *tensor.stride()]
-    return tuple(flat) or (0,)
+def aux_arguments(
+    program: Program, captures: Sequence[Any], params: Sequence[int], of: Callable[[Any], Any] | None = None
+) -> tuple[Any, ...]:
+    """The `aux` tuple: the parameters, then each capture's tensor and strides (never empty: Triton has no empty tuple).
+
+    of: what is passed for a tensor (`Launch.of`).
+    """
+    return _flat([*params], captures, of)
 
 
-def gradient_arguments(buffers: Sequence[Any]) -> tuple[Any, ...]:
+def gradient_arguments(buffers: Sequence[Any], of: Callable[[Any], Any] | None = None) -> tuple[Any, ...]:
     """The `daux` tuple: each gradient buffer and its strides."""
-    flat: list[Any] = []
-    for tensor in buffers:
-        flat += [tensor, *tensor.stride()]
+    return _flat([], buffers, of)
+
+
+def _flat(flat: list[Any], tensors: Sequence[Any], of: Callable[[Any], Any] | None) -> tuple[Any, ...]:
+    for tensor in tensors:
+        flat += [of(tensor) if of is not None else tensor, *tensor.stride()]
     return tuple(flat) or (0,)

@@ -14,7 +14,7 @@ and a constant factor at the root of the program is folded into it.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,15 +23,15 @@ import triton
 import triton.language as tl
 
 from . import codegen, configs
-from .arguments import Blocks, allows_tf32, check, describable, on_device, parts, precision, split, strides, tiles_of, traits
+from .arguments import Blocks, check, describable, parts, precision, split, strides, tiles_of, traits
 from .device import LOG2E, dot, dot_pair, load_rows, store_rows, stream_rows, tile_ranges, visited
 from .dropout import keep, keep_scale, row_words, threshold
 from .key_ranges import KeyRanges
-from .keys import Plans, number, signature
-from .launch import Launch
+from .keys import Plans, allows_tf32, number, signature
+from .launch import Launch, Place
 from .program import Program
 
-__all__ = ["attention_forward"]
+__all__ = ["attention_forward", "plan"]
 
 
 @triton.jit
@@ -178,6 +178,9 @@ def _forward(
 # ---------------------------------------------------------------- host side
 
 
+Fill = Callable[..., None]  # (q, k, v, captures, params, seed, out, lse) -> fills the last two
+
+
 def attention_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -190,7 +193,6 @@ def attention_forward(
     out: torch.Tensor,
     lse: torch.Tensor,
     tile: configs.Tile | None = None,
-    key: Hashable = None,
 ) -> None:
     """Fills `out` (B, H, N, Dv), any strides, and `lse` (B, H, N), fp32, contiguous, base 2.
 
@@ -199,47 +201,68 @@ def attention_forward(
         captures, params: what the program reads.
         dropout_p: probability of dropping; seed: 0-d int64 on the device, needed if dropout_p > 0.
         tile: overrides the measured choice of `configs`.
-        key: stands for everything but `params` and `tile`, where the caller has worked it out already.
 
     Raises:
         TypeError, ValueError: a dtype, head dim or length that these kernels do not take.
     """
-    if out.numel() == 0:
-        return
-    if k.shape[2] == 0:  # no keys: an empty sum
-        out.zero_()
-        lse.fill_(-math.inf)
-        return
-    key = (
-        key or (id(program), dropout_p, signature(q, k, v, out, *captures)), tuple(map(number, params)), tile, allows_tf32(),
-    )  # fmt: skip
-    plan = _plans.get(key)
-    if plan is None:
-        plan = _plans[key] = _plan(q, k, v, captures, program, dropout_p, out, tile)
-    tma = plan.tma
-    keys, values = (tma[0].of(k), tma[1].of(v)) if tma else (k, v)
-    aux = codegen.aux_arguments(program, captures, params)
-    with on_device(q):
-        if plan.ranges is not None:
-            aux = plan.ranges(aux, q.device)
-        plan.launch(q, keys, values, out, lse, seed if dropout_p > 0 else None, aux)
+    look = signature(q, k, v, seed, out, *captures)
+    key = (id(program), dropout_p, look, tuple(map(number, params)), tile, allows_tf32(), configs.FEW_KEYS)
+    fill = _plans.get(key)
+    if fill is None:
+        fill = _plans[key] = plan(q, k, v, captures, program, dropout_p, out, tile)
+    fill(q, k, v, captures, params, seed, out, lse)
+
+
+_plans: dict[Any, Fill] = Plans()
 
 
 @dataclass(frozen=True)
 class _Plan:
-    program: Program  # held, so that the id in the key stays its own
+    """The launch of one kind of call."""
+
+    program: Program  # held, so that the id in a key stays its own
+    dropout: bool
+    place: Place
     launch: Launch
     tma: tuple[Blocks, Blocks] | None  # of k and v, where they go through the copy engine
     ranges: KeyRanges | None  # asks which keys padding hides
 
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Sequence[torch.Tensor], params: Sequence[int],
+        seed: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor,
+    ) -> None:  # fmt: skip
+        if not self.place.current():
+            with torch.cuda.device(q.device):
+                return self(q, k, v, captures, params, seed, out, lse)
+        stream, of = self.place.stream(), self.launch.of
+        seed = seed if self.dropout else None
+        keys, values = (self.tma[0].of(k), self.tma[1].of(v)) if self.tma else (of(k), of(v))
+        aux = codegen.aux_arguments(self.program, captures, params, of)
+        if self.ranges is not None:
+            aux = self.ranges(aux, q.device, stream)
+        self.launch(stream, of(q), keys, values, of(out), of(lse), None if seed is None else of(seed), aux)
 
-_plans: dict[Any, _Plan] = Plans()
+
+def _nothing(*arguments: Any) -> None:
+    """For no queries or no values."""
 
 
-def _plan(
+def _no_keys(*arguments: Any) -> None:
+    """Sums of nothing."""
+    *_, out, lse = arguments
+    out.zero_()
+    lse.fill_(-math.inf)
+
+
+def plan(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Sequence[torch.Tensor], program: Program, dropout_p: float,
-    out: torch.Tensor, tile: configs.Tile | None,
-) -> _Plan:  # fmt: skip
+    out: torch.Tensor, tile: configs.Tile | None = None,
+) -> Fill:  # fmt: skip
+    """What `attention_forward` does, for every call that looks like this one (`out` may be a stand-in without memory)."""
+    if out.numel() == 0:
+        return _nothing
+    if k.shape[2] == 0:
+        return _no_keys
     check(q, k, v)
     B, H, N, D = q.shape
     M, DV = k.shape[2], v.shape[3]
@@ -258,4 +281,5 @@ def _plan(
     )  # fmt: skip
     launch = Launch(_forward, tiles_of(N, tile.block_m) * B * H, constants, tile.warps, tile.stages)
     ranges = KeyRanges(program, found.key_mask, (B, H, N, M)) if found.key_mask is not None else None
-    return _Plan(program, launch, (Blocks(k, tile.block_n, D0), Blocks(v, tile.block_n, V0)) if tma else None, ranges)
+    blocks = (Blocks(k, tile.block_n, D0), Blocks(v, tile.block_n, V0)) if tma else None
+    return _Plan(program, dropout_p > 0, Place(q.device), launch, blocks, ranges)

@@ -87,7 +87,7 @@ class KeyRanges:
         block = min(_BLOCK, max(16, triton.next_power_of_2(sizes[3])))
         self.launch = Launch(_key_ranges, batches * heads, (heads, *sizes, function, block), _WARPS, 1)
 
-    def __call__(self, aux: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
+    def __call__(self, aux: tuple[Any, ...], device: torch.device, stream: int | None = None) -> tuple[Any, ...]:
         ranges = torch.empty(self.shape, dtype=torch.int32, device=device)
-        self.launch(ranges, aux)
+        self.launch(stream, ranges, aux)
         return (*aux, ranges, *self.strides)

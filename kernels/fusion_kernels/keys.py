@@ -7,17 +7,22 @@ from typing import Any
 
 import torch
 
-__all__ = ["Plans", "number", "signature"]
+__all__ = ["Plans", "allows_tf32", "number", "signature"]
 
 
 def signature(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     """What decides how tensors are read: types, shapes (they make grids), strides, device, and 16-byte alignment."""
-    return tuple(None if t is None else (t.dtype, t.shape, t.stride(), t.device, t.data_ptr() % 16 == 0) for t in tensors)
+    return tuple([None if t is None else (t.dtype, t.shape, t.stride(), t.device, t.data_ptr() % 16 == 0) for t in tensors])
 
 
 def number(value: int) -> tuple[bool, bool, bool]:
     """What Triton's specialisation can see of an integer."""
     return value == 1, value % 16 == 0, -(2**31) <= value < 2**31
+
+
+def allows_tf32() -> bool:
+    """Whether eager's fp32 products may round to tf32. Reading `allow_tf32` raises once `fp32_precision` was set: read that."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 class Plans(dict[Hashable, Any]):
