@@ -27,7 +27,7 @@ from .site import Reason, Refused
 from .tape import Record, Shadow, Value
 from .views import source_index
 
-__all__ = ["Describer", "has_score", "replaced", "sym", "symbols_of"]
+__all__ = ["Describer", "has_score", "sym", "symbols_of", "unrounded"]
 
 Index = Sequence[sympy.Expr]
 MAX_ELEMENTS = 4000  # (value, index) pairs of one site: a 20-op score takes about 100
@@ -36,7 +36,7 @@ PRODUCTS = {"bmm.default": 0, "mm.default": 0, "baddbmm.default": 1, "addmm.defa
 
 
 def has_score(node: Node) -> bool:
-    """Whether a product of matrices, or a softmax, is read below."""
+    """Whether a product of matrices is read below."""
     return any(n.op == "dot" for n in postorder(node))
 
 
@@ -56,9 +56,15 @@ def symbols_of(node: Node) -> set[sympy.Symbol]:
     return found - bound
 
 
-def replaced(node: Node, old: Node, new: Node) -> Node:
-    """`node` with `new` in every place of `old`."""
-    return rebuild(node, lambda n, args: new if n is old else None)
+def unrounded(node: Node) -> Node:
+    """`node` without what rounds parts of it to 16 bits."""
+
+    def step(n: Node, args: tuple[Node, ...]) -> Node | None:
+        if n.op in ("round_float16", "round_bfloat16"):
+            return args[0]
+        return Node.make(n.op, *args, attr=n.attr, kind=n.kind) if n.args else n
+
+    return rebuild(node, step)
 
 
 INDEXED = frozenset({"value", "dot", "dropout", "bernoulli"})
@@ -72,9 +78,10 @@ RULES = {**pointwise.RULES, **reductions.RULES}
 class Describer:
     """Element expressions over one tape. One instance a site, so that its axes stay its own."""
 
-    def __init__(self, shadow: Shadow, axes: Axes, grad: bool = True) -> None:
+    def __init__(self, shadow: Shadow, axes: Axes, grad: bool = True, one: Record | None = None) -> None:
         self.shadow, self.axes = shadow, axes
         self.grad = grad  # the grad mode of the site
+        self.one = one  # a multiplication to be read as a product of matrices over an axis of one
         self.memo: dict[tuple[int, tuple[sympy.Expr, ...]], Node] = {}
         self.held: dict[Node, list[tuple[Value, tuple[sympy.Expr, ...]]]] = {}  # node -> tensors that hold its value
         self.steps: dict[tuple[int, tuple[sympy.Expr, ...]], tuple[Value, list[sympy.Expr]] | None] = {}
@@ -147,6 +154,8 @@ class Describer:
             return self.leaf(value, index)
         if record.op in PRODUCTS:
             return self.product(record, index)
+        if record is self.one:
+            return self.product_of_one(record, index)
         rule = RULES.get(record.op) or RULES.get(record.op.partition(".")[0])
         if rule is None or value.output:
             return self.leaf(value, index)
@@ -192,16 +201,11 @@ class Describer:
             addend = apply("mul", addend, kinds.to_float(beta))
         return apply("add", addend, scaled)
 
-    def product_of_one(self, node: Node) -> Node | None:
+    def product_of_one(self, record: Record, index: Index) -> Node:
         """A pointwise product of two tensors as a dot over an axis of one: what einsum makes of a head dim of 1."""
-        for value, index in self.held.get(node, ()):
-            record = value.record
-            if record is None or record.op != "mul.Tensor" or not all(isinstance(x, Value) for x in record.args):
-                continue
-            inner = self.bound_axis(record, 1, "d")
-            factors = ((x.id, self.broadcast(x, index)) for x in record.args)
-            return Node.make("dot", attr=(record.seq, *(part for f in factors for part in f), inner), kind="float")
-        return None
+        inner = self.bound_axis(record, 1, "d")
+        factors = ((x.id, self.broadcast(x, index)) for x in record.args)
+        return Node.make("dot", attr=(record.seq, *(part for f in factors for part in f), inner), kind="float")
 
     def substitute(self, node: Node, replace: dict[sympy.Symbol, sympy.Expr]) -> Node:
         """The expression with axes replaced everywhere, indices simplified again."""

@@ -11,13 +11,15 @@ only?  can the factors be viewed as (batch, heads, length, head dim)?
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import sympy
+import torch
 from fusion_kernels.program import Node, postorder
 
 from .anchors import Anchor
-from .describe import Describer, replaced
+from .describe import Describer
 from .dropout import Draw, check_own_bits
 from .factors import Factor, chain_of, factor
 from .indexing import Axes, expr_of, same, whole
@@ -62,20 +64,54 @@ def match(shadow: Shadow, anchor: Anchor) -> Match:
     Raises:
         Refused: it is no attention, or not one that can be described exactly.
     """
+    try:
+        return _split(shadow, anchor)
+    except Refused as refusal:
+        if refusal.reason not in (Reason.NO_SCORES, Reason.PROBABILITIES_EDITED):
+            raise
+        for record in _products_of_one(shadow, anchor):
+            with suppress(Refused):
+                return _split(shadow, anchor, record)
+        raise
+
+
+def _split(shadow: Shadow, anchor: Anchor, one: Record | None = None) -> Match:
     splits: dict[str, list[sympy.Expr]] = {}
     for _ in range(4):  # each round may find that a merged batch axis has to be split further
-        result = _Matcher(shadow, anchor, splits).run()
+        result = _Matcher(shadow, anchor, splits, one).run()
         if isinstance(result, Match):
             return result
         splits = result
     raise Refused(Reason.LAYOUT, "batch and head dims that are merged and split in ways that do not nest")
 
 
+def _products_of_one(shadow: Shadow, anchor: Anchor) -> list[Record]:
+    """Multiplications under the softmax that may be products of queries and keys of head dim 1, the likeliest first.
+
+    A sum over one element is no product of matrices: einsum multiplies, and so may whoever writes it by hand.
+    """
+    last = anchor.record.seq
+    found = [r for r in shadow.between(0, last) if r.op == "mul.Tensor" and _outer(r)]
+    found = [r for r in found if anchor.record.outputs[0] in shadow.made_from(r.seq, last)]
+    return sorted(found, key=lambda r: (r.node.target is not torch.einsum, -r.seq))
+
+
+def _outer(record: Record) -> bool:
+    """Whether each factor of a multiplication is broadcast along a dim of the other."""
+    a, b = record.args
+    if not isinstance(a, Value) or not isinstance(b, Value) or not a.dtype.is_floating_point or a.dtype != b.dtype:
+        return False
+    one = [expr_of(s) == 1 for s in (*a.shape, *b.shape)]
+    rank = min(len(a.shape), len(b.shape))
+    pairs = [*zip(one[len(a.shape) - rank : len(a.shape)], one[len(one) - rank :], strict=True)]
+    return (True, False) in pairs and (False, True) in pairs
+
+
 class _Matcher:
-    def __init__(self, shadow: Shadow, anchor: Anchor, splits: dict[str, list[sympy.Expr]]) -> None:
+    def __init__(self, shadow: Shadow, anchor: Anchor, splits: dict[str, list[sympy.Expr]], one: Record | None) -> None:
         self.shadow, self.anchor, self.splits = shadow, anchor, splits
         self.axes = Axes()
-        self.d = Describer(shadow, self.axes, anchor.product.grad)
+        self.d = Describer(shadow, self.axes, anchor.product.grad, one)
 
     def run(self) -> Match | dict[str, list[sympy.Expr]]:
         product, side = self.anchor.product, self.anchor.side
@@ -256,11 +292,6 @@ class _Matcher:
             chains = self._factors(node) if node.op == "dot" else None
             if chains is not None:
                 return body, node, *chains
-        for node in postorder(body):  # a product over one element is no product of matrices
-            dot = self.d.product_of_one(node) if node.op == "mul" and self.axes.sizes[self.query] != 1 else None
-            chains = self._factors(dot) if dot is not None else None
-            if dot is not None and chains is not None:
-                return replaced(body, node, dot), dot, *chains
         if written(self.d, body):
             seen = "the scores are written through a view of them"
             raise Refused(Reason.MUTATION, seen, "in-place operations on the whole tensor")

@@ -8,7 +8,7 @@ import sympy
 from fusion_kernels.program import Node, postorder
 
 from .anchors import Anchor, reaches_product
-from .describe import Describer
+from .describe import Describer, has_score, unrounded
 from .dropout import Draw, as_dropout
 from .normal import as_softmax
 from .site import Reason, Refused
@@ -25,6 +25,8 @@ def find_softmax(d: Describer, anchor: Anchor, node: Node, key: sympy.Symbol) ->
     operand, draw = anchor.product.args[anchor.side], None
     if operand.before is not None:
         raise _rewritten()
+    if not has_score(node):  # there is nothing to fuse: the reason is the same whether what is there was rounded or not
+        node = unrounded(node)
     while True:
         if node.op == "narrowed" and node.attr == operand.dtype:
             node = node.args[0]

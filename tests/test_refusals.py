@@ -360,6 +360,13 @@ def mixture_of_vectors(gate: Tensor, x: Tensor) -> Tensor:
     return gate.softmax(-1) @ x
 
 
+@refused(Reason.NO_SCORES, inputs=(t(5, 17, dtype=torch.bfloat16), t(17, 8, dtype=torch.bfloat16)))
+def mixture_of_vectors_bf16(gate: Tensor, x: Tensor) -> Tensor:
+    """Each step is rounded, which is no edit of the probabilities."""
+    e = (gate - gate.amax(-1, keepdim=True)).exp()
+    return (e / e.sum(-1, keepdim=True)) @ x
+
+
 @refused()
 def weights_only(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """No values: no attention, and no line in the report."""

@@ -168,6 +168,14 @@ def einsum_head_dim_one(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> 
     return torch.einsum("bhnm,bmhd->bnhd", p, v)
 
 
+@spelling(t(2, 63, 3, 1), t(2, 129, 3, 1), t(2, 129, 3, 8), t(63, 1), t(129), dtype=torch.bfloat16)
+def einsum_head_dim_one_bf16(q: Tensor, k: Tensor, v: Tensor, r: Tensor, c: Tensor, twin: bool = False) -> Tensor:
+    """Each step is rounded, and what is added is a product of the same form."""
+    scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * 0.5 + (-r if twin else r) * c
+    e = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return torch.einsum("bhnm,bmhd->bnhd", e / e.sum(-1, keepdim=True), v)
+
+
 @spelling(t(2, 63), t(2, 129), t(2, 129, 5))
 def outer_product(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     return (q[:, :, None] * k[:, None] * (0.25 if twin else 0.5)).softmax(-1) @ v
