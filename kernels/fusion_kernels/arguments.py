@@ -29,12 +29,13 @@ _BUSY = 12  # operations on a score from which on the registers they need count
 def split(dim: int, dtype: torch.dtype) -> tuple[int, int]:
     """A head dim as one or two powers of two of at least 16 that cover it: 72 -> (64, 16), 80 -> (64, 16), 100 -> (128, 0).
 
-    fp32 goes in parts of at most 128: the parts are added with more care than the tensor cores take (see `device.dot`).
+    fp32 goes in parts of at most half of 128 or 256: the tensor cores cut off what an fp32 sum of many terms rounds, and the parts
+    are added by the ordinary adder (see `device.dot`; one product over D = 128 had four times eager's error).
     """
     whole = max(16, _power(dim))
     first = whole // 2
-    if dtype == torch.float32 and dim > 128:
-        return 128, max(16, _power(dim - 128))
+    if dtype == torch.float32 and dim > 64:
+        return first, max(16, _power(dim - first))
     if dim <= 16 or dim - first <= 0:
         return whole, 0
     second = max(16, _power(dim - first))
@@ -167,11 +168,13 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 def traits(found: Parts, program: Program, dropout_p: float, two_parts: bool) -> configs.Traits:
     """What the choice of tiles depends on. (Padding counts as a mask: its two loops spill in the tiles of a full program.)"""
     loads = [(n.depends_on("q"), n.depends_on("k")) for n in program.loads]
+    tables = [n for n in program.loads if n.depends_on("q") and n.depends_on("k")]
     work = sum(n.depends_on("score") and n.op not in LEAVES for n in postorder(program.root))
     return configs.Traits(
         masked=found.kv_bounds is not None,
         busy=any(map(any, loads)) or work > _BUSY,
-        table=any(map(all, loads)),
+        table=bool(tables),
+        shared=any(not n.depends_on("b") for n in tables),
         dropout=dropout_p > 0,
         parts=two_parts,
     )

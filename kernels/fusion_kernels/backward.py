@@ -184,6 +184,7 @@ def plan(
     dims = (D, D0, D1, DV, V0, V1)
     sizes = (B, H, N, M, H // kv_heads)
     kind = traits(found, program, dropout_p, D1 + V1 > 0)
+    side = configs.together(B, kind)
     row_grid = tiles_of(N, _ROWS) * B * H
 
     align, (gs, os) = strides(do, out)
@@ -218,7 +219,7 @@ def plan(
         qs, ks, vs, gs, dk.stride(), dv.stride(), *sizes, *dropout, found.q_bounds,
         masked.score, masked.factor, masked.deep, masked.dscore, masked.dfactor / full.dfactor,
         full.score, full.factor, full.deep, full.dscore, full.dfactor,
-        dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align, *dims, tile.block_m, tile.block_n, mode, tma,
+        dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align, *dims, tile.block_m, tile.block_n, mode, tma, side,
     )  # fmt: skip
     dkdv = Launch(dkdv_tiles, tiles_of(M, tile.block_n) * B * kv_heads, constants, tile.warps, tile.stages)
     dkdv_tma = (Blocks(q, tile.block_m, D0), Blocks(do, tile.block_m, V0)) if tma else None
@@ -230,7 +231,7 @@ def plan(
         qs, ks, vs, gs, dq.stride(), *sizes, *dropout, found.kv_bounds,
         masked.score, masked.factor, masked.deep, masked.dscore, masked.dfactor / full.dfactor, masked.captures,
         full.score, full.factor, full.deep, full.dscore, full.captures, full.dfactor,
-        dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align, *dims, tile.block_m, tile.block_n, mode, tma,
+        dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align, *dims, tile.block_m, tile.block_n, mode, tma, side,
     )  # fmt: skip
     dq_launch = Launch(dq_tiles, tiles_of(N, tile.block_m) * B * H, constants, tile.warps, tile.stages)
     dq_tma = (Blocks(k, tile.block_n, D0), Blocks(v, tile.block_n, V0)) if tma else None

@@ -87,7 +87,7 @@ def dkdv_tiles(
     FULL_DSCORE: tl.constexpr, DFACTOR: tl.constexpr,
     DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     q_strides = (q_strides[0] * ALIGN, q_strides[1] * ALIGN, q_strides[2] * ALIGN, q_strides[3])
     k_strides = (k_strides[0] * ALIGN, k_strides[1] * ALIGN, k_strides[2] * ALIGN, k_strides[3])
@@ -96,10 +96,11 @@ def dkdv_tiles(
     sizes = (B, H, N, M)
     k_tiles = tl.cdiv(M, BLOCK_N)
     pid = tl.program_id(0)
-    k_start = pid % k_tiles * BLOCK_N  # first keys first: under a causal mask they have the most queries
+    rank = pid // TOGETHER
+    k_start = rank % k_tiles * BLOCK_N  # first keys first: under a causal mask they have the most queries
     kv_heads = H // group
-    b = pid // k_tiles // kv_heads
-    kv_head = pid // k_tiles % kv_heads
+    b = rank // k_tiles // kv_heads * TOGETHER + pid % TOGETHER
+    kv_head = rank // k_tiles % kv_heads
     batch = tl.cast(b, tl.int64)
     head = tl.cast(kv_head, tl.int64)
     k += batch * k_strides[0] + head * k_strides[1]
@@ -151,13 +152,13 @@ def dkdv_tiles(
             FULL_SCORE, FULL_FACTOR, FULL_DEEP, FULL_DSCORE, 1.0, False, DROPOUT,
             D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
         )  # fmt: skip
-        if not (BOUNDS is None and EVEN_N):  # TAIL stays True: see `forward`
+        if not (BOUNDS is None and EVEN_N):
             jump = full_last - full_first
             dk0, dk1, dv0, dv1 = _dkdv_loop(
                 dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_head, do_head, base + row, level + row, delta + row, words + row,
                 q_strides, do_strides, b, h, k_start, k_ok, sizes, aux, limit, scale,
                 first, full_first - first, jump, last - first - jump,
-                SCORE, FACTOR, DEEP, DSCORE, DRATIO, True, DROPOUT,
+                SCORE, FACTOR, DEEP, DSCORE, DRATIO, not EVEN_N, DROPOUT,
                 D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
             )  # fmt: skip
 
@@ -231,7 +232,7 @@ def dq_tiles(
     FULL_DEEP: tl.constexpr, FULL_DSCORE: tl.constexpr, FULL_CAPTURES: tl.constexpr, DFACTOR: tl.constexpr,
     DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     q_strides = (q_strides[0] * ALIGN, q_strides[1] * ALIGN, q_strides[2] * ALIGN, q_strides[3])
     k_strides = (k_strides[0] * ALIGN, k_strides[1] * ALIGN, k_strides[2] * ALIGN, k_strides[3])
@@ -240,9 +241,10 @@ def dq_tiles(
     sizes = (B, H, N, M)
     q_tiles = tl.cdiv(N, BLOCK_M)
     pid = tl.program_id(0)
-    q_start = (q_tiles - 1 - pid % q_tiles) * BLOCK_M
-    b = pid // q_tiles // H
-    h = pid // q_tiles % H
+    rank = pid // TOGETHER
+    q_start = (q_tiles - 1 - rank % q_tiles) * BLOCK_M
+    b = rank // q_tiles // H * TOGETHER + pid % TOGETHER
+    h = rank // q_tiles % H
     batch = tl.cast(b, tl.int64)
     head = tl.cast(h, tl.int64)
     kv_head = h // group
@@ -296,13 +298,13 @@ def dq_tiles(
         FULL_SCORE, FULL_FACTOR, FULL_DEEP, FULL_DSCORE, 1.0, FULL_CAPTURES, False, DROPOUT,
         D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
     )  # fmt: skip
-    if not (BOUNDS is None and EVEN_M):  # TAIL stays True: see `forward`
+    if not (BOUNDS is None and EVEN_M):
         jump = full_last - full_first
         dq0, dq1 = _dq_loop(
             dq0, dq1, q0, q1, do0, do1, k, v, row_base, row_level, row_delta, word0, word1, k_strides, v_strides,
             b, h, kv_head, q_start, q_ok, sizes, aux, daux, limit, scale,
             first, full_first - first, jump, last - first - jump,
-            SCORE, FACTOR, DEEP, DSCORE, DRATIO, CAPTURES, True, DROPOUT,
+            SCORE, FACTOR, DEEP, DSCORE, DRATIO, CAPTURES, not EVEN_M, DROPOUT,
             D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
         )  # fmt: skip
     store_rows(dq, dq0 * DFACTOR, q_start, N, dq_strides[2], dq_strides[3], 0, D0, D, BLOCK_M)

@@ -90,7 +90,7 @@ def _forward(
     REVISIT: tl.constexpr, ZERO_ROWS: tl.constexpr, DROPOUT: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     q_strides = (q_strides[0] * ALIGN, q_strides[1] * ALIGN, q_strides[2] * ALIGN, q_strides[3])
     k_strides = (k_strides[0] * ALIGN, k_strides[1] * ALIGN, k_strides[2] * ALIGN, k_strides[3])
@@ -99,9 +99,10 @@ def _forward(
     sizes = (B, H, N, M)
     q_tiles = tl.cdiv(N, BLOCK_M)
     pid = tl.program_id(0)
-    q_start = (q_tiles - 1 - pid % q_tiles) * BLOCK_M  # last rows first: under a causal mask they have the most keys
-    b = pid // q_tiles // H
-    h = pid // q_tiles % H
+    rank = pid // TOGETHER
+    q_start = (q_tiles - 1 - rank % q_tiles) * BLOCK_M  # last rows first: under a causal mask they have the most keys
+    b = rank // q_tiles // H * TOGETHER + pid % TOGETHER
+    h = rank // q_tiles % H
     q += tl.cast(b, tl.int64) * q_strides[0] + tl.cast(h, tl.int64) * q_strides[1]
     kv_head = h // group
     if not TMA:
@@ -141,8 +142,6 @@ def _forward(
         word0, word1, limit, full_first, 0, 0, full_last - full_first, FULL_SCORE, FULL_FACTOR, FULL_WIDE, False, DROPOUT,
         D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
     )  # fmt: skip
-    # TAIL is True below even where no key is past the end: without masks on its loads this second loop gave wrong numbers on
-    # Hopper under Triton 3.6, and right ones through the interpreter (causal, N = M = 128, D = 64 and 128; cause not found).
     if not (BOUNDS is None and EVEN_M):
         cut = full_first - first
         jump = full_last - full_first
@@ -160,7 +159,7 @@ def _forward(
                     first = 0
             acc0, acc1, peak, total = _loop(
                 acc0, acc1, peak, total, q0, q1, k, v, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux,
-                word0, word1, limit, first, cut, jump, count, SCORE, FACTOR, WIDE, True, DROPOUT,
+                word0, word1, limit, first, cut, jump, count, SCORE, FACTOR, WIDE, not EVEN_M, DROPOUT,
                 D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
             )  # fmt: skip
 
@@ -270,14 +269,15 @@ def plan(
     masked = found.masked
     full = found.full if found.kv_bounds is not None else masked
     (D0, D1), (V0, V1) = split(D, q.dtype), split(DV, q.dtype)
-    tile = tile or configs.forward(N, M, D0 + D1, V0 + V1, q.dtype, traits(found, program, dropout_p, D1 + V1 > 0))
+    kind = traits(found, program, dropout_p, D1 + V1 > 0)
+    tile = tile or configs.forward(N, M, D0 + D1, V0 + V1, q.dtype, kind)
     align, (qs, ks, vs, os) = strides(q, k, v, out)
     tma = tile.tma and M >= configs.SHORT and D1 == 0 and V1 == 0 and describable(k, v)
     constants = (
         qs, ks, vs, os, B, H, N, M, H // k.shape[1], threshold(dropout_p), keep_scale(dropout_p), found.floor,
         found.kv_bounds, masked.score, masked.factor, masked.wide, full.score, full.factor, full.wide,
         found.revisit, program.zero_rows, dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align,
-        D, D0, D1, DV, V0, V1, tile.block_m, tile.block_n, precision(q.dtype), tma,
+        D, D0, D1, DV, V0, V1, tile.block_m, tile.block_n, precision(q.dtype), tma, configs.together(B, kind),
     )  # fmt: skip
     launch = Launch(_forward, tiles_of(N, tile.block_m) * B * H, constants, tile.warps, tile.stages)
     ranges = KeyRanges(program, found.key_mask, (B, H, N, M)) if found.key_mask is not None else None
