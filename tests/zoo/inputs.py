@@ -103,7 +103,8 @@ def _one(value: Any) -> int:
 
 
 def words(c: Context) -> int:
-    size = _one(c.find("vocab_size", "src_vocab_size", "input_vocab_size", "text_vocab_size", default=128))
+    known = [vars(p).get(n) for p in c.parts for n in ("vocab_size", "src_vocab_size", "input_vocab_size", "text_vocab_size")]
+    size = min((n for n in known if isinstance(n, int) and n > 1), default=128)
     return size - 45 if size > 120 else size
 
 
@@ -166,7 +167,11 @@ def image_sizes(c: Context) -> Tensor | None:
 def mels(c: Context) -> Tensor | None:
     if not c.variant.use_sound:
         return None
-    bins = _one(c.find("num_mel_bins", "n_mels", "feature_size", "feature_projection_input_dim", "input_feat_size", "input_dim", default=80))
+    bins = _one(
+        c.find(
+            "num_mel_bins", "n_mels", "feature_size", "feature_projection_input_dim", "input_feat_size", "input_dim", default=80
+        )
+    )
     positions = c.find("max_source_positions")
     if c.variant.sound == "mels first":
         return c.randn(BATCH, bins, 2 * _one(positions) if positions else 96)
@@ -268,7 +273,10 @@ def candidates(model: nn.Module, model_type: str, padded: bool) -> Iterator[tupl
 
 
 def _first_is_film(config: Any, names: set[str]) -> bool:
-    return any(_has(part, "num_frames", "frames_per_clip", "tubelet_size") for part in _parts(config)) and "image_grid_thw" not in names
+    return (
+        any(_has(part, "num_frames", "frames_per_clip", "tubelet_size") for part in _parts(config))
+        and "image_grid_thw" not in names
+    )
 
 
 def _inputs(c: Context, model_type: str) -> Inputs:

@@ -20,7 +20,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -32,6 +31,7 @@ from fusion_pass import report
 from .inputs import Inputs, candidates
 from .shrink import dropout_off, small_config
 from .sites import Counter
+from .traits import CLASSES
 
 __all__ = ["RUNS", "Probe", "build", "measure"]
 
@@ -63,7 +63,11 @@ def model_class(model_type: str) -> Any:
     from transformers.models.auto import modeling_auto
 
     tables = [modeling_auto.MODEL_MAPPING_NAMES, modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES]
-    tables += [t for name, t in sorted(vars(modeling_auto).items()) if name.endswith("_MAPPING_NAMES")]
+    tables += [
+        t for name, t in sorted(vars(modeling_auto).items()) if name.startswith("MODEL_") and name.endswith("_MAPPING_NAMES")
+    ]
+    if model_type in CLASSES:
+        return getattr(transformers, CLASSES[model_type])
     for table in tables:
         if model_type in table:
             name = table[model_type]
@@ -140,12 +144,19 @@ def measure(model_type: str, run: str, *, inner: str = "eager") -> Record:
         record |= {"class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
         record["state"] = "eager"
         variant, inputs, sites = _accepted(model, model_type, padded=run != "eval", note=record)
-        record |= {"inputs": sorted(inputs), "variant": str(variant), "sites": len(sites.sites), "lines": dict(Tally(sites.sites))}
+        record |= {
+            "inputs": sorted(inputs),
+            "variant": str(variant),
+            "sites": len(sites.sites),
+            "lines": dict(Tally(sites.sites)),
+        }
         record["sdpa"] = dict(sites.sdpa)
         record["state"] = "compile"
         _compare(record, model, inputs, run, inner)
         record["state"] = "done"
     except Exception as error:
+        if record["state"] == "compile" and not _compiles(model, inputs, run):
+            record["state"] = "dynamo"
         record["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
         record["at"] = _place(error)
     record["seconds"] = round(time.monotonic() - begin, 1)
@@ -202,6 +213,17 @@ def _compare(record: Record, model: nn.Module, inputs: Inputs, run: str, inner: 
     record |= _judge(fused, eager, exact)
 
 
+def _compiles(model: nn.Module, inputs: Inputs, run: str) -> bool:
+    """Whether torch.compile alone can do it: what it cannot is not the plugin's."""
+    torch._dynamo.reset()
+    try:
+        with torch.set_grad_enabled(run == "train"):
+            torch.compile(Call(model, tuple(inputs)), backend="eager")(*inputs.values())
+    except Exception:
+        return False
+    return True
+
+
 def _judge(fused: checks.Result, eager: checks.Result, exact: checks.Result) -> Record:
     """The largest error of outputs and of gradients, as a share of what `tests/checks.py` allows."""
     siblings = max((checks.largest(t) for t in exact.gradients if t is not None), default=0.0)
@@ -224,7 +246,9 @@ def _judge(fused: checks.Result, eager: checks.Result, exact: checks.Result) -> 
         apart = max(apart, 0.0 if vanishes else checks.error(e, t) / top)
         if share > shares[kind]:
             shares[kind] = share
-            worst[kind] = f"{name}: error {checks.error(x, t):.2e}, eager's {checks.error(e, t):.2e}, largest {top:.1e}, fused - eager {checks.error(x, e):.1e}"
+            worst[kind] = (
+                f"{name}: error {checks.error(x, t):.2e}, eager's {checks.error(e, t):.2e}, largest {top:.1e}, fused - eager {checks.error(x, e):.1e}"
+            )
     finite = all(bool(x.isfinite().all()) for _, x in eager.named() if x is not None)
     return {
         "error": None, "share": round(shares["output"], 3), "gradient_share": round(shares["gradient"], 3),
@@ -249,6 +273,3 @@ def quiet() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-
-_ = tree_leaves

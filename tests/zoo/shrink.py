@@ -21,7 +21,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from .traits import CONFIG_OVERRIDES, DEFAULTS
+from .traits import AS_DICTS, CONFIG_OVERRIDES, DEFAULTS, REPLACED
 
 __all__ = ["default_config", "dropout_off", "small_config"]
 
@@ -45,20 +45,31 @@ DEPTHS = re.compile(r"^(.*depths|depth|blocks_per_stage|num_blocks|layers_per_st
 WIDTH = re.compile(
     r"(^|_)(d_model|n_embd|d_ff|d_kv|n_inner|d_head|d_inner|d_embed|emb_dim|hidden_size|embed_dim|dim|dims|dim_head|channels?|features?|width"
     r"|rank|units|intermediate_size|hidden_sizes|hidden_dim|embedding_size|ffn_size|inner_size|embed_dims|output_size|hidden_size_global"
-    r"|channel_list|embed_dim_per_stage|channel_size|query_pre_attn_scalar|hidden_features)$"
+    r"|channel_list|embed_dim_per_stage|latent_size|d_latents|channel_size|query_pre_attn_scalar|hidden_features)$"
     r"|(^|_)(hidden|embed|embedding|ffn|proj|projection|inner|intermediate|model|attention|entity_emb|bottleneck|d)_(size|dim)s?(_|$)"
 )
-NOT_WIDTH = re.compile(r"vocab|patch_size|image_size|codebook_size|(^|_)(in|num|input|image)_channels$|num_|quantiz|n_group")
+NOT_WIDTH = re.compile(
+    r"base_channels|latent_channels|vocab|patch_size|image_size|codebook_size|(^|_)(in|num|input|image)_channels$|num_|quantiz|n_group"
+)
 COUNTS: dict[re.Pattern[str], int] = {
     re.compile(r"^(num|n)_(local_|routed_|shared_)?experts$|^moe_num_experts$|^num_local_experts$"): 4,
-    re.compile(r"^(num_)?experts_per_tok(oken)?$|^num_experts_per_tok$|^moe_(k|topk|top_k)$|^(moe_)?top_?k$|^num_selected_experts$"): 2,
+    re.compile(
+        r"^(num_)?experts_per_tok(oken)?$|^num_experts_per_tok$|^moe_(k|topk|top_k)$|^(moe_)?top_?k$|^num_selected_experts$"
+    ): 2,
     re.compile(r"^n_shared_experts$|^n_group$|^topk_group$|^num_expert_group$|^first_k_dense_replace$"): 1,
-    re.compile(r"^(max_position_embeddings|n_positions|max_seq_len|max_seq_length|max_sequence_length|seq_length|max_length)$"): 512,
+    re.compile(r"^num_kv_shared_layers$|^zero_expert_num$"): 2,
+    re.compile(r"^n_filters$|^num_filters$"): 8,
+    re.compile(r"^encoder_hash_byte_group_vocab$"): 500,
+    re.compile(
+        r"^(max_position_embeddings|n_positions|max_seq_len|max_seq_length|max_sequence_length|seq_length|max_length)$"
+    ): 512,
     re.compile(r"^(max_(source|target)_positions)$"): 128,
     re.compile(r"^(num_queries|num_query_tokens|num_object_queries|num_latents|resampler_n_latents)$"): 7,
     re.compile(r"^(sliding_window|local_attention|attention_window_size|attention_chunk_size|window_attention_size)$"): 16,
 }
-INDICES = re.compile(r"(out_indices|_indexes|_indices|_layer_ids|extract_layers|hook_ids|_idxs|_index_list|^out_layers|fusion_layers)$")
+INDICES = re.compile(
+    r"(out_indices|_indexes|_indices|_layer_ids|extract_layers|hook_ids|_idxs|_index_list|^out_layers|fusion_layers)$"
+)
 HEADS = re.compile(r"(^|_)(n_heads?|num_heads|num_attention_heads|attention_heads|num_key_value_heads|.*_attention_heads)(_|$)")
 HEAD_DIM = re.compile(r"(^|_)(head_dim|d_kv|d_head|dim_head|attention_head_size|kv_channels)$")
 MODEL_DIM = re.compile(
@@ -72,14 +83,17 @@ TOKEN = re.compile(r"(token_id|token_index|tokens_id|_index|_token)$")
 def default_config(model_type: str) -> PretrainedConfig:
     """The configuration that `model_type` has by default; where it has none, one made of the parts in `traits.DEFAULTS`."""
     parts = {name: default_config(part) for name, part in DEFAULTS.get(model_type, {}).items()}
+    if model_type in AS_DICTS:
+        parts = {name: part.to_dict() for name, part in parts.items()}
     return CONFIG_MAPPING[model_type](**parts)
 
 
 def small_config(model_type: str) -> PretrainedConfig:
     """The small configuration of architecture `model_type`."""
-    config = default_config(model_type)
-    divisor = _divisor(config)
-    return _small(config, CONFIG_OVERRIDES.get(model_type, {}).get("divisor", divisor), CONFIG_OVERRIDES.get(model_type, {}))
+    config, own = default_config(model_type), CONFIG_OVERRIDES.get(model_type, {})
+    if _divisor(config) < 8:
+        _even_heads(config)
+    return _small(config, own.get("divisor", _divisor(config)), own)
 
 
 def dropout_off(model: Any) -> None:
@@ -95,30 +109,41 @@ def dropout_off(model: Any) -> None:
 
 def _small(config: PretrainedConfig, divisor: int, own: Fields) -> PretrainedConfig:
     fields = _fields(config)
-    layers, kinds = _layers(fields)
+    layers, kinds = _layers(fields | {"_out_indices": vars(config).get("_out_indices")})
     changed: Fields = {}
     for name, value in fields.items():
         if isinstance(value, PretrainedConfig):
+            if value.model_type in REPLACED:
+                value = CONFIG_MAPPING[REPLACED[value.model_type][0]](**REPLACED[value.model_type][1])
             changed[name] = _small(value, divisor, own.get(name, {}))
+            if config.model_type in AS_DICTS:
+                changed[name] = changed[name].to_dict()
         elif name in own:
             changed[name] = own[name]
         elif value is not None:
             changed[name] = _field(name, value, divisor, layers, kinds)
-    changed = _pictures(changed) | _tokens(changed)
+    changed = _pictures(changed) | _tokens(changed) | _rope_sections(config, changed)
     changed |= {name: value for name, value in own.items() if name != "divisor" and not isinstance(value, dict)}
-    return type(config)(**changed)
+    changed |= _stages(config, kinds)
+    small = type(config)(**changed)
+    for name, value in vars(config).items():  # what a whole has given its part beyond the part's own fields
+        if name not in vars(small) and not name.startswith("_"):
+            setattr(small, name, _field(name, value, divisor, layers, kinds))
+    return small
 
 
 def _fields(config: PretrainedConfig) -> Fields:
     names = [f.name for f in dataclasses.fields(config) if f.init and f.name not in _NOT_FIELDS]
     names += [name for name in config.sub_configs if name not in names]
-    return {name: getattr(config, name, None) for name in names}
+    return {name: vars(config).get(name) for name in names}
 
 
 def _field(name: str, value: Any, divisor: int, layers: int, kinds: list[int]) -> Any:
     if DROPOUT.search(name):
         return type(value)(0) if isinstance(value, (int, float)) else value
-    if isinstance(value, bool) or isinstance(value, (str, dict)):
+    if isinstance(value, dict):
+        return value | {key: _shares(x, divisor) for key, x in value.items() if str(key).endswith("mrope_section")}
+    if isinstance(value, (bool, str)):
         return value
     if isinstance(value, (list, tuple)):
         return type(value)(_list(name, list(value), divisor, layers, kinds))
@@ -132,6 +157,23 @@ def _field(name: str, value: Any, divisor: int, layers: int, kinds: list[int]) -
     if name.endswith("vocab_size") and name != "type_vocab_size":
         return min(value, VOCABULARY)
     return _divided(value, divisor) if _is_width(name) else value
+
+
+def _shares(value: list[int], divisor: int) -> list[int]:
+    """Numbers whose sum is divided: what division leaves over goes to the last."""
+    parts = [max(1, x // divisor) for x in value[:-1]]
+    return [*parts, sum(value) // divisor - sum(parts)]
+
+
+def _rope_sections(config: PretrainedConfig, fields: Fields) -> Fields:
+    """Rotary positions of three axes split a head's frequencies; where no field says how, code does, for a head of 128."""
+    rope, heads = fields.get("rope_parameters"), fields.get("num_attention_heads")
+    known = "mrope_section" in getattr(config, "ignore_keys_at_rope_validation", ())
+    if not known or not isinstance(rope, dict) or "rope_theta" not in rope or "mrope_section" in rope or not heads:
+        return {}
+    half = int((fields.get("head_dim") or fields["hidden_size"] // heads) * rope.get("partial_rotary_factor", 1.0)) // 2
+    third = max(1, half // 3)
+    return {"rope_parameters": rope | {"mrope_section": [third, third, half - 2 * third]}}
 
 
 def _list(name: str, value: list[Any], divisor: int, layers: int, kinds: list[int]) -> list[Any]:
@@ -151,7 +193,7 @@ def _is_width(name: str) -> bool:
 
 
 def _divided(value: int, divisor: int) -> int:
-    return value // divisor if value % divisor == 0 and value // divisor >= 4 else value
+    return value // divisor if value % divisor == 0 and value // divisor >= 2 else value
 
 
 # ---------------------------------------------------------------- depth
@@ -160,25 +202,56 @@ def _divided(value: int, divisor: int) -> int:
 def _layers(fields: Fields) -> tuple[int, list[int]]:
     """How many layers there are, and which of them to keep: the first of each kind, and two at least."""
     depths = [v for k, v in fields.items() if isinstance(v, int) and not isinstance(v, bool) and DEPTH.match(k)]
-    layers = next((fields[k] for k in ("num_hidden_layers", "num_layers", "n_layer", "depth") if k in fields and fields[k] in depths), 0)
+    layers = next(
+        (fields[k] for k in ("num_hidden_layers", "num_layers", "n_layer", "depth") if k in fields and fields[k] in depths), 0
+    )
     layers = layers or max(depths, default=0)
     columns = [v for v in fields.values() if isinstance(v, (list, tuple)) and len(v) == layers and layers > 4]
     kinds: dict[tuple[str, ...], int] = {}
     for i in range(layers if columns else 0):
         kinds.setdefault(tuple(str(column[i]) for column in columns), i)
     kept = sorted(kinds.values())[:4]
-    kept += [i for i in range(layers) if i not in kept][: max(0, min(LAYERS, layers) - len(kept))]
+    least = max(LAYERS, len(fields.get("_out_indices") or ()))
+    kept += [i for i in range(layers) if i not in kept][: max(0, min(least, layers) - len(kept))]
     return layers, sorted(kept) or list(range(LAYERS))
+
+
+def _stages(config: PretrainedConfig, kinds: list[int]) -> Fields:
+    """The outputs of a backbone: of the same stages, or, where each layer is a stage, of the last ones."""
+    wanted, names = vars(config).get("_out_indices"), vars(config).get("stage_names")
+    if not wanted or not names:
+        return {}
+    if any(DEPTHS.match(k) and isinstance(v, (list, tuple)) for k, v in vars(config).items()):
+        return {"out_indices": list(wanted)}
+    return {"out_indices": list(range(len(kinds) + 1 - len(wanted), len(kinds) + 1))}
 
 
 # ---------------------------------------------------------------- width
 
 
 def _divisor(config: PretrainedConfig) -> int:
-    """The largest power of two by which every head's width can be divided and stay even, and `MIN_HEAD` at least."""
+    """The largest power of two by which every head's width can be divided: `MIN_HEAD` are left, and a multiple of 4, or of 2."""
     widths = list(_head_widths(config))
-    fits = [d for d in (32, 16, 8, 4, 2, 1) if all(w % (2 * d) == 0 and w // d >= MIN_HEAD for w in widths)]
-    return fits[0] if widths and fits else 1
+    divisors = [d for d in (32, 16, 8, 4, 2) if d <= (32 if widths else 8) and all(w // d >= MIN_HEAD for w in widths)]
+    for multiple in (4, 2):  # rotary embeddings of a picture's two axes pair up the frequencies of half a head
+        fits = [d for d in divisors if all(w % (multiple * d) == 0 for w in widths)]
+        if fits:
+            return fits[0]
+    return 1
+
+
+def _even_heads(config: PretrainedConfig) -> None:
+    """Heads of 72, 80 or 88, which are not divided far, become heads of 64."""
+    for part in _fields(config).values():
+        if isinstance(part, PretrainedConfig):
+            _even_heads(part)
+    fields = _fields(config)
+    heads = [k for k, v in fields.items() if HEADS.search(k) and isinstance(v, int)]
+    width = next((v for k, v in fields.items() if MODEL_DIM.match(k) and isinstance(v, int)), 0)
+    odd = len({fields[k] for k in heads}) == 1 and width % fields[heads[0]] == 0 and width // fields[heads[0]] % 32
+    if odd and width % 64 == 0 and not any(HEAD_DIM.search(k) and v for k, v in fields.items()):
+        for k in heads:
+            setattr(config, k, width // 64)
 
 
 def _head_widths(config: PretrainedConfig) -> Iterator[int]:
@@ -186,7 +259,9 @@ def _head_widths(config: PretrainedConfig) -> Iterator[int]:
     for value in fields.values():
         if isinstance(value, PretrainedConfig):
             yield from _head_widths(value)
-    explicit = [v for k, v in fields.items() if HEAD_DIM.search(k) and isinstance(v, int) and v >= MIN_HEAD]
+    explicit = [
+        v for k, v in fields.items() if HEAD_DIM.search(k) and not k.startswith("mamba") and isinstance(v, int) and v >= MIN_HEAD
+    ]
     yield from explicit
     heads = [_numbers(v) for k, v in fields.items() if HEADS.search(k) and "key_value" not in k and not k.startswith("linear")]
     sizes = [_numbers(v) for k, v in fields.items() if MODEL_DIM.match(k)]

@@ -3,12 +3,11 @@
 `Counter` is a dispatch mode. It sees every ATen call of an eager run with its tensors, and keeps for each softmax (also one that
 is written as exp over sum) whether
 
-- its argument comes from a product of two activations, by calls that keep the size: masks, scales, casts, views, caps; and
-- its result reaches a product, by such calls again, in which the other factor is no parameter.
+- its argument comes from a product, by calls that keep the size: masks, scales, casts, views, caps; and
+- its result reaches a product by such calls again.
 
 "Keep the size" means half to twice as many elements: a column of sinks may be joined and dropped, relative scores be skewed.
-A product with a parameter on the way to the scores (queries that are learned, a router's logits) is a product all the same:
-only where both sides are projections by parameters is a softmax no attention.
+A projection, which is a matrix of parameters applied to rows, is no such product: a router's softmax is no attention.
 """
 
 from __future__ import annotations
@@ -36,8 +35,11 @@ SDPA = {
     "_scaled_dot_product_fused_attention_overrideable",
 }
 # Calls that a path from product to softmax to product does not go through, whatever the sizes.
-STOPS = PRODUCTS | SOFTMAX | {"convolution", "native_layer_norm", "native_group_norm", "native_batch_norm", "embedding", "topk", "sort"}
-# One factor of these is a score or probability, the other only weighs it: they are not followed into the smaller one.
+STOPS = (
+    PRODUCTS
+    | SOFTMAX
+    | {"convolution", "native_layer_norm", "native_group_norm", "native_batch_norm", "embedding", "topk", "sort"}
+)
 REACH = 400  # calls on one path
 
 
@@ -133,6 +135,11 @@ def _is_site(softmax: _Node) -> bool:
     return _comes_from_product(softmax) and _reaches_product(softmax)
 
 
+def _is_projection(product: _Node) -> bool:
+    """A matrix of parameters applied to rows; a batch of learned queries or keys, which is a bmm, is none."""
+    return product.op not in ("bmm", "baddbmm") and any(i.parameter for i in product.inputs)
+
+
 def _near(numel: int, wanted: int) -> bool:
     return wanted <= 2 * numel and numel <= 2 * wanted
 
@@ -147,7 +154,7 @@ def _comes_from_product(softmax: _Node) -> bool:
             continue
         seen.add(id(node))
         if node.op in PRODUCTS:
-            if not any(i.parameter for i in node.inputs):
+            if not _is_projection(node):
                 return True
             continue
         if node.op not in STOPS:
@@ -157,21 +164,17 @@ def _comes_from_product(softmax: _Node) -> bool:
 
 def _reaches_product(softmax: _Node) -> bool:
     todo, seen = list(softmax.readers), set()
-    came: dict[int, _Node] = {id(n): softmax for n in todo}
     while todo and len(seen) < REACH:
         node = todo.pop()
         if id(node) in seen:
             continue
         seen.add(id(node))
         if node.op in PRODUCTS:
-            others = [i for i in node.inputs if i is not came[id(node)]]
-            if not others or not any(i.parameter for i in others):
+            if not _is_projection(node):
                 return True
             continue
         if node.op not in STOPS and _near(node.numel, softmax.numel):
-            for reader in node.readers:
-                came.setdefault(id(reader), node)
-                todo.append(reader)
+            todo += node.readers
     return False
 
 
