@@ -14,13 +14,14 @@ endif
 export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test lint fuzz test-gpu clean
+.PHONY: help demo test lint fuzz zoo test-gpu clean
 
 help:
 	@echo "make demo      real models, eager beside fused (examples/quickstart.py)"
 	@echo "make test      every test that needs no GPU"
 	@echo "make lint      ruff and pyright"
 	@echo "make fuzz      the long fuzz, 3,000 programs; goes on where it was stopped (out/fuzz.json)"
+	@echo "make zoo       every architecture of transformers, into docs/zoo.md; goes on where it was stopped (out/zoo.json)"
 	@echo "make test-gpu  the tests that need a CUDA device"
 	@echo "make clean     remove .venv and everything that was built"
 
@@ -38,6 +39,11 @@ lint: $(READY)
 
 fuzz: $(READY)
 	$(PY) -m tests.fuzz.long --examples 3000 --seed 0 --resume out/fuzz.json
+
+# About an hour and a half on one core; ARGS="--only bert" measures one architecture again.
+zoo: $(READY)
+	$(PY) -W ignore -m tests.zoo.run --resume out/zoo.json $(ARGS)
+	$(PY) -m tests.zoo.table out/zoo.json docs/zoo.md
 
 # Nearly all of the time is Triton's compiler, on the host: hence the processes. No test here measures time.
 # With several devices the processes take them in turn.
