@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import fusion_pass
 from fusion_pass.rewrite import SEEDS
+from fuzz.inputs import make
 from fuzz.programs import Written
 
 __all__ = ["check"]
@@ -75,11 +77,32 @@ def _verdict(w: Written, recorder: Recorder) -> None:
 
 
 def check(w: Written) -> None:
-    """Raise AssertionError where the fused program is not eager's equal, or the verdict is another one than it must be."""
+    """Raise AssertionError where the fused program is not eager's equal, or the verdict is another one than it must be.
+
+    A program with inputs of a second length is run on them by what the first ones have compiled.
+    """
     torch.manual_seed(w.seed)
     recorder = Recorder(w.inner)
     compiled = compile_always(w.build(), recorder, dynamic=w.dynamic)
+    _check(w, compiled, recorder)
+    if w.second:
+        at_first = len(recorder.graphs)
+        _check(replace(w, inputs=w.second), compiled, recorder)
+        if len(recorder.graphs) > at_first:
+            _check_compiles(w, len(recorder.graphs))
 
+
+def _check_compiles(w: Written, count: int) -> None:
+    """Another length may compile anew only where it does without the pass: sizes that were equal have one symbol."""
+    torch._dynamo.reset()
+    recorder = Recorder("eager")
+    plain = torch.compile(w.build(), backend=recorder, fullgraph=True, dynamic=True)
+    for inputs in (w.inputs, w.second):
+        plain(*make(inputs, w.dtype, w.seed))
+    assert count <= len(recorder.graphs), f"compiled {count} times for two lengths, {len(recorder.graphs)} without the pass"
+
+
+def _check(w: Written, compiled: Callable[..., Any], recorder: Recorder) -> None:
     def call(how: Callable[..., Result], fn: Callable[..., Any], seed: int) -> Result:
         torch.manual_seed(w.seed)  # of dropout
         return how(fn, w.make(seed))

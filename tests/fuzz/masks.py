@@ -88,8 +88,8 @@ class MaskWriter:
             x = w.float_input("mask", *w.broadcast(), kind="additive", fill=fill, dead=w.chance(25), grad=False)
             return w.line(w.pick(f"s = s + {x}", f"s = {x} + s", f"s = torch.add(s, {x})"))
         p = self.predicate()
-        # -1e9 is no fp16 number: torch refuses it as a fill. The lowest number is that of the program, in its float64 run too.
-        finite = w.pick(f"torch.finfo({w.dtype}).min", "-1e4", *["-1e9"] * (w.dtype != torch.float16))
+        # -1e9 is no fp16 number: torch refuses it as a fill. The lowest number is that of the scores, in their float64 run too.
+        finite = w.pick(f"torch.finfo({w.low}).min", "-1e4", *["-1e9"] * (w.dtype != torch.float16))
         fill = w.pick("float('-inf')", "float('-inf')", "-torch.inf", finite)
         form = w.pick("masked_fill", "masked_fill_", "where", "full", "turned", "bias", "zeros", "one_minus", "times")
         if form == "masked_fill":

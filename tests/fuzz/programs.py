@@ -45,6 +45,7 @@ class Written:
     """A program and how to run it.
 
     fused: whether the pass has to fuse it; None where either is right. dropout: its rate; 0 for none.
+    second: inputs of other lengths, for what the first inputs have compiled; empty for a program of static shapes.
     """
 
     source: str
@@ -55,13 +56,15 @@ class Written:
     inner: str
     seed: int
     dropout: float
+    second: tuple[Input, ...] = ()
 
     @property
     def uncancelled(self) -> Written:
         """The program with a constant sum under the softmax: its gradients are the terms that cancel in those of the program."""
         lines = self.source.splitlines()
-        softmax = [i for i, x in enumerate(lines) if x.startswith(("    p = ", "    e = ")) and "F.dropout(" not in x]
-        lines[softmax[0]] = "    p = torch.exp(s - torch.logsumexp(s, -1, keepdim=True).detach()).to(v.dtype)"
+        softmax = [i for i, x in enumerate(lines) if x.lstrip().startswith(("p = ", "e = ")) and "F.dropout(" not in x]
+        margin = " " * (len(lines[softmax[0]]) - len(lines[softmax[0]].lstrip()))
+        lines[softmax[0]] = f"{margin}p = torch.exp(s - torch.logsumexp(s, -1, keepdim=True).detach()).to(v.dtype)"
         return replace(self, source="\n".join(x for i, x in enumerate(lines) if i not in softmax[1:]) + "\n")
 
     def build(self, **names: Any) -> Callable[..., Any]:
@@ -78,31 +81,38 @@ class Written:
     @property
     def script(self) -> str:
         """Python that runs the check on this program alone, from the folder of the tests."""
-        shown = [
-            f"Input({', '.join(f'{f.name}={getattr(x, f.name)!r}' for f in fields(x) if f.default != getattr(x, f.name))})"
-            for x in self.inputs
-        ]
         return (
             "import torch\nfrom math import inf, nan\nfrom fuzz.inputs import Input\nfrom fuzz.judge import check\n"
-            f'from fuzz.programs import Written\n\nSOURCE = """\n{self.source}"""\nINPUTS = (\n    '
-            + ",\n    ".join(shown)
-            + f",\n)\ncheck(Written(SOURCE, INPUTS, {self.dtype}, fused={self.fused}, dynamic={self.dynamic}, "
-            f"inner={self.inner!r}, seed={self.seed}, dropout={self.dropout}))\n"
+            f'from fuzz.programs import Written\n\nSOURCE = """\n{self.source}"""\n'
+            f"INPUTS = {_shown(self.inputs)}\nSECOND = {_shown(self.second)}\n"
+            f"check(Written(SOURCE, INPUTS, {self.dtype}, fused={self.fused}, dynamic={self.dynamic}, "
+            f"inner={self.inner!r}, seed={self.seed}, dropout={self.dropout}, second=SECOND))\n"
         )
 
     def __repr__(self) -> str:
         return "\n" + self.script
 
 
-class Writer(Decisions):
-    """Draws and writes one program. Methods are called in the order of the program."""
+def _shown(inputs: tuple[Input, ...]) -> str:
+    given = [[f"{f.name}={getattr(x, f.name)!r}" for f in fields(x) if f.default != getattr(x, f.name)] for x in inputs]
+    return "(\n" + "".join(f"    Input({', '.join(x)}),\n" for x in given) + ")"
 
-    def __init__(self, source: bytes) -> None:
+
+class Writer(Decisions):
+    """Draws and writes one program. Methods are called in the order of the program.
+
+    lengths: of queries and keys, in place of those that are drawn.
+    """
+
+    def __init__(self, source: bytes, lengths: tuple[int, int] | None = None) -> None:
         super().__init__(source)
+        self.lengths = lengths
         self.lines: list[str] = []
         self.inputs: list[Input] = []
         self.dtype: torch.dtype = self.pick(*[torch.float32] * 6, *[torch.bfloat16] * 3, torch.float16, torch.float64)
-        self.half = self.dtype in (torch.bfloat16, torch.float16)
+        self.autocast = self.dtype == torch.float32 and self.chance(20)
+        self.low = torch.bfloat16 if self.autocast else self.dtype  # of the products
+        self.half = self.low in (torch.bfloat16, torch.float16)
         self.wide = False  # scores of a half-precision program that have become fp32
         self.broadcast_heads = 1  # query heads of one kv head, where the products broadcast: einsum folds them into the rows
         self.dynamic = self.chance(12)  # four times the time of a static one
@@ -129,6 +139,7 @@ class Writer(Decisions):
         b, hkv = self.pick(1, 2) if long else self.pick(1, 2, 3), self.pick(1, 2) if long else self.pick(1, 2, 3)
         group = self.pick(1, 1, 1, 2, 3)
         d = self.pick(*HEAD_DIMS)
+        n, m = self.lengths or (n, m)
         return Sizes(b, hkv * group, hkv, n, m, d, d if self.chance(60) else self.pick(*HEAD_DIMS))
 
     def resize(self, **sizes: Any) -> None:
@@ -358,7 +369,7 @@ class Writer(Decisions):
         """T5: a learned table, read at the distance of query and key."""
         heads = self.s.lead[-1] if self.s.lead else 1
         table = self.input("table", 2 * max(self.s.n, self.s.m), heads)
-        distance = f"({self.masks.columns()} - {self.masks.rows()} + {max(self.s.n, self.s.m)})"
+        distance = f"({self.masks.columns()} - {self.masks.rows()} + max(n, m))"
         self.line(f"relative = {table}[{distance}].permute(2, 0, 1)" + ("" if self.s.lead else "[0]"))
         self.line("s = s + relative")
 
@@ -388,7 +399,7 @@ class Writer(Decisions):
             self.line(f"p = {form}")
         else:
             self._softmax_by_hand(dim)
-        if self.wide and self.half:
+        if self.wide and self.half and not self.autocast:
             self.line("p = p." + self.pick("to(v.dtype)", "type_as(v)"))
         elif self.chance(10):
             self.line("p = p.to(v.dtype)")
@@ -452,10 +463,29 @@ SPOILED: Mapping[str, tuple[str, str, str]] = {  # before the softmax, after it,
 }
 
 
+AUTOCAST = "with torch.autocast('cpu', dtype=torch.bfloat16):"
+
+
 def write(source: bytes) -> Written:
-    """The program of these decisions."""
-    w = Writer(source)
+    """The program of these decisions; one of dynamic shapes with inputs of two lengths."""
+    w, program = _write(source, None)
+    n, m = w.s.n, w.s.m
+    if not program.dynamic or min(n, m) == 1:  # a length of 1 is compiled for itself
+        return program
+    others = [x for x in LENGTHS if x not in (1, n, m)]
+    first = w.pick(*others)
+    lengths = (first, first) if n == m else (first, w.pick(*(x for x in others if x != first)))
+    again = _write(source, lengths)[1]
+    same = (again.source, again.fused) == (program.source, program.fused)
+    same &= [(x.name, len(x.shape)) for x in again.inputs] == [(x.name, len(x.shape)) for x in program.inputs]
+    return replace(program, second=again.inputs) if same else program
+
+
+def _write(source: bytes, lengths: tuple[int, int] | None) -> tuple[Writer, Written]:
+    w = Writer(source, lengths)
+    region = w.pick(0, 1) if w.autocast else 0  # whether how q, k and v come in is outside of autocast
     w.operands()
+    start = region * len(w.lines)
     w.scores()
     w.functions()
     spoiled = w.spoil() if w.chance(8) else ""
@@ -467,16 +497,18 @@ def write(source: bytes) -> Written:
         w.line(after)
     dropout = 0.0 if spoiled else w.dropout()
     w.values()
+    if w.autocast:
+        w.lines[start:] = [AUTOCAST, *(f"    {x}" for x in w.lines[start:])]
     w.output()
     w.line(f"return {returned}")
     w.masks.poison(spoiled)
     if not any(x.grad for x in w.inputs) and w.chance(70):
         w.inputs[0] = replace(w.inputs[0], grad=True)
     names = ", ".join(x.name for x in w.inputs)
-    source = f"def attention({names}):\n" + "".join(f"    {x}\n" for x in w.lines)
+    text = f"def attention({names}):\n" + "".join(f"    {x}\n" for x in w.lines)
     fused = None if min(w.s.n, w.s.m) == 1 and spoiled or w.folds() else not spoiled
     inner = "aot_eager" if w.chance(12) else "eager"
-    return Written(source, tuple(w.inputs), w.dtype, fused, w.dynamic, inner, w.pick(*range(256)), dropout)
+    return w, Written(text, tuple(w.inputs), w.dtype, fused, w.dynamic, inner, w.pick(*range(256)), dropout)
 
 
 def programs() -> st.SearchStrategy[Written]:
