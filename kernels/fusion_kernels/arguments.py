@@ -14,6 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import codegen, configs, tiles
 from .assembler import trouble
+from .blanks import Blank
 from .keys import allows_tf32
 from .program import LEAVES, Program, postorder
 from .source import INDEX_LIMIT
@@ -29,8 +30,8 @@ _BUSY = 12  # operations on a score from which on the registers they need count
 def split(dim: int, dtype: torch.dtype) -> tuple[int, int]:
     """A head dim as one or two powers of two of at least 16 that cover it: 72 -> (64, 16), 80 -> (64, 16), 100 -> (128, 0).
 
-    fp32 goes in parts of at most half of 128 or 256: the tensor cores cut off what an fp32 sum of many terms rounds, and the parts
-    are added by the ordinary adder (see `device.dot`; one product over D = 128 had four times eager's error).
+    fp32 goes in parts of at most half of 128 or 256: the tensor cores cut off what an fp32 sum of many terms rounds, and the
+    parts are added by the ordinary adder (see `device.dot`; one product over D = 128 had four times eager's error).
     """
     whole = max(16, _power(dim))
     first = whole // 2
@@ -94,23 +95,19 @@ class Scratch:
     """
 
     def __init__(self, device: torch.device, *parts: tuple[torch.dtype, int]) -> None:
-        self.device, self.parts = device, parts
-        starts = [0, *accumulate(-(-size // 32) * 32 for _, size in parts)]  # 128 bytes: a line of memory
-        self.starts, self.size = starts[:-1], starts[-1]
-
-    def new(self) -> torch.Tensor:
-        """The memory, to be kept until the last launch that is given a part of it."""
-        return torch.empty(self.size, dtype=torch.int32, device=self.device)
+        ends = list(accumulate(-(-size // 32) * 32 for _, size in parts))  # in lines of memory, of 128 bytes
+        starts = [0, *ends[:-1]]
+        self.parts = [(start, size, dtype) if size else None for start, (dtype, size) in zip(starts, parts, strict=True)]
+        self.bytes = [4 * start if size else None for start, (_, size) in zip(starts, parts, strict=True)]
+        # the memory, to be kept until the last launch that is given a part of it
+        self.new = Blank((ends[-1],), (1,), torch.int32, device).maker()
 
     def split(self, memory: torch.Tensor, of: Callable[[torch.Tensor], Any]) -> list[Any]:
         """The parts as tensors or, if `of` gives addresses, as these; None for no part."""
         first = of(memory)
         if isinstance(first, int):
-            return [first + 4 * start if size else None for start, (_, size) in zip(self.starts, self.parts, strict=True)]
-        return [
-            memory[start : start + size].view(dtype) if size else None
-            for start, (dtype, size) in zip(self.starts, self.parts, strict=True)
-        ]
+            return [None if offset is None else first + offset for offset in self.bytes]
+        return [None if part is None else memory[part[0] : part[0] + part[1]].view(part[2]) for part in self.parts]
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -32,11 +32,12 @@ from .arguments import Blocks, Scratch, check, describable, parts, precision, sp
 from .backward_kernels import dkdv_tiles, dq_tiles
 from .backward_rows import deep_rows, delta_rows
 from .backward_table import table_tiles
+from .blanks import Place
 from .device import FLAG_ROWS
 from .dropout import keep_scale, threshold
 from .key_ranges import KeyRanges
 from .keys import Plans, allows_tf32, number, signature
-from .launch import Launch, Place
+from .launch import Launch
 from .program import Program
 
 __all__ = ["attention_backward", "plan", "stored"]
@@ -85,7 +86,8 @@ def attention_backward(
     fill = _plans.get(key)
     if fill is None:
         fill = _plans[key] = plan(do, q, k, v, captures, program, dropout_p, out, lse, needs, dq, dk, dv, dcaptures, *tiles)
-    fill(do, q, k, v, captures, params, seed, out, lse, dq, dk, dv, dcaptures)
+    with Place(q.device).entered():
+        fill(do, q, k, v, captures, params, seed, out, lse, dq, dk, dv, dcaptures)
 
 
 _plans: dict[Any, Fill] = Plans()
@@ -105,7 +107,10 @@ def stored(
 
 @dataclass(frozen=True)
 class _Plan:
-    """The launches of one kind of call, and the descriptors of (q, do) for dk and dv, of (k, v) for dq."""
+    """The launches of one kind of call, and the descriptors of (q, do) for dk and dv, of (k, v) for dq.
+
+    The current device has to be that of `place`.
+    """
 
     program: Program  # held, so that the id in a key stays its own
     wrt: tuple[int, ...]
@@ -126,9 +131,6 @@ class _Plan:
         params: Sequence[int], seed: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor,
         dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, dcaptures: Sequence[torch.Tensor | None],
     ) -> None:  # fmt: skip
-        if not self.place.current():
-            with torch.cuda.device(q.device):
-                return self(do, q, k, v, captures, params, seed, out, lse, dq, dk, dv, dcaptures)
         stream = self.place.stream()
         of = (self.tables[-1][1] if self.tables else self.dq).of  # the last launch's: the others have their binaries by then
         aux = codegen.aux_arguments(self.program, captures, params, of)
@@ -167,7 +169,7 @@ def plan(
     dv: torch.Tensor, dcaptures: Sequence[torch.Tensor | None], dkdv_tile: configs.Tile | None = None,
     dq_tile: configs.Tile | None = None,
 ) -> Fill:  # fmt: skip
-    """What `attention_backward` does, for every call that looks like this one (dq ... dcaptures may have no memory)."""
+    """What `attention_backward` does, on q's device, for every call that looks like this one (dq ... may have no memory)."""
     if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
         return _zeros
     check(q, k, v)

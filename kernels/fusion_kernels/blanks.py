@@ -1,15 +1,37 @@
-"""Memory to be: how the tensors that the ops return lie, worked out once and allocated at every call."""
+"""Memory to be: how and where the tensors lie that a call allocates, worked out once for all calls that look the same."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Blank", "nested_as"]
+__all__ = ["Blank", "Place", "nested_as"]
+
+
+_DIRECT = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+
+
+class Place:
+    """The device of a plan. Allocations and launches go to the current device: it has to be that one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.index = device.index if device.type == "cuda" else None
+
+    def current(self) -> bool:
+        return self.index is None or torch._C._cuda_getDevice() == self.index
+
+    def entered(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.current() else torch.cuda.device(self.index)
+
+    def stream(self) -> int | None:
+        """The handle of the device's current stream; None on a CPU."""
+        return None if self.index is None else torch._C._cuda_getCurrentRawStream(self.index)
 
 
 def _less(a: Any, b: Any) -> bool:
@@ -53,8 +75,15 @@ class Blank:
     def contiguous(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Blank:
         return Blank(tuple(shape), torch.empty(shape, device="meta").stride(), dtype, device)
 
-    def new(self) -> Tensor:
-        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
+    def maker(self) -> Callable[[], Tensor]:
+        """Allocates one, on the current device; that has to be the blank's.
+
+        Past the dispatcher, where torch offers that (the code of Inductor allocates so too): it takes half as long.
+        """
+        direct = getattr(_DIRECT, f"_empty_strided_{self.device.type}", None)
+        if direct is not None:
+            return partial(direct, self.shape, self.strides, self.dtype)
+        return partial(torch.empty_strided, self.shape, self.strides, dtype=self.dtype, device=self.device)
 
     def shadow(self) -> Tensor:
         """A tensor that looks like it, without memory."""
@@ -64,7 +93,7 @@ class Blank:
         """`value` with the strides and the dtype of this blank: as it is, or a copy."""
         if value.dtype == self.dtype and (value.stride() == self.strides or self._alike(value)):
             return value
-        return self.new().copy_(value)
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device).copy_(value)
 
     def _alike(self, value: Tensor) -> bool:
         """Whether the strides agree where they count: in dims longer than one."""

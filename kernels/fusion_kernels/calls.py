@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import choice, cpu, cudnn, reference, tiled
-from .blanks import Blank
+from .blanks import Blank, Place
 from .checking import check
 from .keys import Plans, number, signature
 from .program import Program, parse
@@ -71,8 +71,13 @@ def _forward(
     else:
         fill = partial(_tiled_forward, program, dropout_p)
 
+    place, new_out, new_lse = Place(q.device), out.maker(), lse.maker()
+
     def filled(*arguments: Any) -> tuple[Tensor, Tensor]:
-        result = out.new(), lse.new()
+        if not place.current():
+            with place.entered():
+                return filled(*arguments)
+        result = new_out(), new_lse()
         fill(*arguments, *result)
         return result
 
@@ -138,23 +143,28 @@ def _backward(
     program = parse(text)
     way = choice.choose(q, k, v, captures, program, dropout_p, needs)
     blanks = [Blank.nested(x.shape, x, x.dtype) for x in (q, k, v)]
-    gradients = _Gradients(captures, needs, reference.compute_dtype(q.dtype))
+    wide = reference.compute_dtype(q.dtype)
     fill: Callable[..., None]
 
     if way == "triton":
         from . import backward
 
-        if any(needs):
-            sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-            gradients.store(backward.stored(program, captures, needs, sizes))
-        shadows = [blank.shadow() for blank in blanks]
-        fill = backward.plan(do, q, k, v, captures, program, dropout_p, out, lse, needs, *shadows, gradients.shadows())
+        stored = backward.stored(program, captures, needs, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
+        gradients = _Gradients(captures, needs, wide, stored)
+        dq, dk, dv = (blank.shadow() for blank in blanks)
+        fill = backward.plan(do, q, k, v, captures, program, dropout_p, out, lse, needs, dq, dk, dv, gradients.shadows())
     else:
+        gradients = _Gradients(captures, needs, wide, set())
         by = reference.dense_backward if way == "dense" else tiled.tiled_backward
         fill = partial(_plain_backward, by, program, dropout_p, tuple(needs))
 
+    place, (new_dq, new_dk, new_dv) = Place(q.device), [blank.maker() for blank in blanks]
+
     def filled(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        dq, dk, dv = [blank.new() for blank in blanks]
+        if not place.current():
+            with place.entered():
+                return filled(*arguments)
+        dq, dk, dv = new_dq(), new_dk(), new_dv()
         sums = gradients.new()
         fill(*arguments, dq, dk, dv, sums)
         return dq, dk, dv, gradients.done(sums)
@@ -182,30 +192,23 @@ def _plain_backward(by: Callable[..., None], program: Program, dropout_p: float,
 
 
 class _Gradients:
-    """The gradients of captures: sums in a wide dtype, except where each element is stored once, in its own."""
+    """The gradients of captures: sums in a wide dtype, except those that the implementation stores whole, in their own."""
 
-    def __init__(self, captures: Sequence[Tensor], needs: Sequence[bool], wide: torch.dtype) -> None:
-        self.dtypes = [c.dtype if need else None for c, need in zip(captures, needs, strict=True)]
-        self.sums = [Blank.contiguous(c.shape, wide, c.device) if need else None for c, need in zip(captures, needs, strict=True)]
-        self.stored: set[int] = set()
-
-    def store(self, stored: set[int]) -> None:
-        """stored: the captures whose gradients the implementation stores whole."""
+    def __init__(self, captures: Sequence[Tensor], needs: Sequence[bool], wide: torch.dtype, stored: set[int]) -> None:
+        self.dtypes = [c.dtype for c in captures]
         self.stored = stored
-        for i in stored:
-            blank, dtype = self.sums[i], self.dtypes[i]
-            assert blank is not None and dtype is not None
-            self.sums[i] = Blank(blank.shape, blank.strides, dtype, blank.device)
+        self.blanks = [
+            Blank.contiguous(c.shape, c.dtype if i in stored else wide, c.device) if need else None
+            for i, (c, need) in enumerate(zip(captures, needs, strict=True))
+        ]
+        self.makers = [blank and blank.maker() for blank in self.blanks]
 
     def shadows(self) -> list[Tensor | None]:
-        return [blank and blank.shadow() for blank in self.sums]
+        return [blank and blank.shadow() for blank in self.blanks]
 
     def new(self) -> list[Tensor | None]:
         """What the implementation adds to, or stores: one for each capture, None where no gradient is needed."""
-        return [
-            None if blank is None else blank.new() if i in self.stored else blank.new().zero_()
-            for i, blank in enumerate(self.sums)
-        ]
+        return [None if make is None else make() if i in self.stored else make().zero_() for i, make in enumerate(self.makers)]
 
     def done(self, sums: list[Tensor | None]) -> list[Tensor]:
         """The gradients in the dtypes of the captures, of those that need one."""

@@ -24,11 +24,12 @@ import triton.language as tl
 
 from . import codegen, configs
 from .arguments import Blocks, check, describable, parts, precision, split, strides, tiles_of, traits
+from .blanks import Place
 from .device import LOG2E, dot, dot_pair, load_rows, store_rows, stream_rows, tile_ranges, visited
 from .dropout import keep, keep_scale, row_words, threshold
 from .key_ranges import KeyRanges
 from .keys import Plans, allows_tf32, number, signature
-from .launch import Launch, Place
+from .launch import Launch
 from .program import Program
 
 __all__ = ["attention_forward", "plan"]
@@ -209,7 +210,8 @@ def attention_forward(
     fill = _plans.get(key)
     if fill is None:
         fill = _plans[key] = plan(q, k, v, captures, program, dropout_p, out, tile)
-    fill(q, k, v, captures, params, seed, out, lse)
+    with Place(q.device).entered():
+        fill(q, k, v, captures, params, seed, out, lse)
 
 
 _plans: dict[Any, Fill] = Plans()
@@ -217,7 +219,7 @@ _plans: dict[Any, Fill] = Plans()
 
 @dataclass(frozen=True)
 class _Plan:
-    """The launch of one kind of call."""
+    """The launch of one kind of call. The current device has to be that of `place`."""
 
     program: Program  # held, so that the id in a key stays its own
     dropout: bool
@@ -230,9 +232,6 @@ class _Plan:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Sequence[torch.Tensor], params: Sequence[int],
         seed: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor,
     ) -> None:  # fmt: skip
-        if not self.place.current():
-            with torch.cuda.device(q.device):
-                return self(q, k, v, captures, params, seed, out, lse)
         stream, of = self.place.stream(), self.launch.of
         seed = seed if self.dropout else None
         keys, values = (self.tma[0].of(k), self.tma[1].of(v)) if self.tma else (of(k), of(v))
@@ -257,7 +256,7 @@ def plan(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Sequence[torch.Tensor], program: Program, dropout_p: float,
     out: torch.Tensor, tile: configs.Tile | None = None,
 ) -> Fill:  # fmt: skip
-    """What `attention_forward` does, for every call that looks like this one (`out` may be a stand-in without memory)."""
+    """What `attention_forward` does, on q's device, for every call that looks like this one (`out` may have no memory)."""
     if out.numel() == 0:
         return _nothing
     if k.shape[2] == 0:

@@ -11,8 +11,8 @@ __all__ = ["Plans", "allows_tf32", "number", "signature"]
 
 
 def signature(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
-    """What decides how tensors are read: types, shapes (they make grids), strides, device, and 16-byte alignment."""
-    return tuple([None if t is None else (t.dtype, t.shape, t.stride(), t.device, t.data_ptr() % 16 == 0) for t in tensors])
+    """What decides how tensors are read: types, shapes (they make grids), strides, device, and alignment (to 16 bytes)."""
+    return tuple([None if t is None else (t.dtype, t.shape, t.stride(), t.device, t.data_ptr() & 15) for t in tensors])
 
 
 def number(value: int) -> tuple[bool, bool, bool]:

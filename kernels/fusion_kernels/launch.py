@@ -18,7 +18,7 @@ from triton.runtime.errors import OutOfResources
 
 from .assembler import chosen
 
-__all__ = ["Launch", "Place"]
+__all__ = ["Launch"]
 
 # Kernels count on x * y - z to be one rounding. Triton 3.9 warns where that is not asked for, and 3.10 will not do it unasked.
 OPTIONS = {"enable_fp_fusion": True}
@@ -26,20 +26,6 @@ OPTIONS = {"enable_fp_fusion": True}
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
-
-
-class Place:
-    """Where the launches of a plan go: Triton launches on the current device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.index = device.index if device.type == "cuda" else None
-
-    def current(self) -> bool:
-        return self.index is None or torch._C._cuda_getDevice() == self.index
-
-    def stream(self) -> int | None:
-        """The handle of the device's current stream; None on a CPU."""
-        return None if self.index is None else torch._C._cuda_getCurrentRawStream(self.index)
 
 
 class Launch:

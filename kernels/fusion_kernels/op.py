@@ -12,12 +12,13 @@ older formula compiled to.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import calls, reference
 from .blanks import nested_as
@@ -62,19 +63,22 @@ _BELOW_BITS = _BELOW.raw_repr()
 _DEVICES = frozenset(torch._C.DispatchKeySet(key).raw_repr() for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA))
 
 
-def _below(keys: torch._C.DispatchKeySet, op: torch._ops.OpOverload, implementation: Callable[..., Any], *arguments: Any) -> Any:
-    """What the dispatcher does with a call once autograd has seen it."""
-    if keys.raw_repr() & _BELOW_BITS in _DEVICES:
-        return implementation(*arguments)
+def _plain(keys: torch._C.DispatchKeySet) -> bool:
+    """Whether nothing but the device is left once autograd has seen a call."""
+    return keys.raw_repr() & _BELOW_BITS in _DEVICES
+
+
+def _redispatch(op: torch._ops.OpOverload, keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
         return op.redispatch(keys & _BELOW, *arguments)
 
 
-class _Attention(torch.autograd.Function):
+class FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keys: Any, params: Any, program: str, dropout_p: float, seed: Any, *tensors: Any) -> tuple:
         q, k, v, *captures = tensors
-        out, lse = _below(keys, ATTENTION, calls.attention, q, k, v, captures, params, program, dropout_p, seed)
+        arguments = q, k, v, captures, params, program, dropout_p, seed
+        out, lse = calls.attention(*arguments) if _plain(keys) else _redispatch(ATTENTION, keys, *arguments)
         ctx.save_for_backward(q, k, v, seed, out, lse, *captures)
         ctx.params, ctx.program, ctx.dropout_p = params, program, dropout_p
         ctx.mark_non_differentiable(lse)
@@ -93,13 +97,21 @@ class _Attention(torch.autograd.Function):
         left = iter(dcaptures)
         return None, None, None, None, None, dq, dk, dv, *(next(left) if need else None for need in needs)
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple:
+        raise NotImplementedError(
+            "fusion_kernels: attention was differentiated in forward mode; the fused op has a backward alone. "
+            "Run this model without the fusion (or call fusion_kernels.reference.dense)."
+        )
 
-class _AttentionBackward(torch.autograd.Function):
+
+class FusedAttentionGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keys: Any, params: Any, program: str, dropout_p: float, needs: Any, *tensors: Any) -> tuple:
         do, q, k, v, seed, out, lse, *captures = tensors
-        arguments = (do, q, k, v, captures, params, program, dropout_p, seed, out, lse, needs)
-        dq, dk, dv, dcaptures = _below(keys, ATTENTION_BACKWARD, calls.attention_backward, *arguments)
+        arguments = do, q, k, v, captures, params, program, dropout_p, seed, out, lse, needs
+        results = calls.attention_backward(*arguments) if _plain(keys) else _redispatch(ATTENTION_BACKWARD, keys, *arguments)
+        dq, dk, dv, dcaptures = results
         return dq, dk, dv, *dcaptures
 
     @staticmethod
@@ -109,20 +121,30 @@ class _AttentionBackward(torch.autograd.Function):
             "Run this model without the fusion (or call fusion_kernels.reference.dense, which torch can differentiate again)."
         )
 
+    jvp = backward
+
+
+def _differentiated(*tensors: Tensor) -> bool:
+    """Backward, or (in any grad mode) forward: torch looks for tangents itself then."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors) or forward_ad._current_level >= 0
+
 
 def _attention(keys, q, k, v, captures, params, program, dropout_p, seed):
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *captures)):
-        return _Attention.apply(keys, params, program, dropout_p, seed, q, k, v, *captures)
-    return _below(keys, ATTENTION, calls.attention, q, k, v, captures, params, program, dropout_p, seed)
+    if _differentiated(q, k, v, *captures):
+        return FusedAttention.apply(keys, params, program, dropout_p, seed, q, k, v, *captures)
+    if _plain(keys):
+        return calls.attention(q, k, v, captures, params, program, dropout_p, seed)
+    return _redispatch(ATTENTION, keys, q, k, v, captures, params, program, dropout_p, seed)
 
 
 def _attention_backward(keys, do, q, k, v, captures, params, program, dropout_p, seed, out, lse, needs):
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (do, q, k, v, out, lse, *captures)):
+    if _differentiated(do, q, k, v, out, lse, *captures):
         tensors = do, q, k, v, seed, out, lse, *captures
-        dq, dk, dv, *dcaptures = _AttentionBackward.apply(keys, params, program, dropout_p, needs, *tensors)
+        dq, dk, dv, *dcaptures = FusedAttentionGradient.apply(keys, params, program, dropout_p, needs, *tensors)
         return dq, dk, dv, dcaptures
-    arguments = (do, q, k, v, captures, params, program, dropout_p, seed, out, lse, needs)
-    return _below(keys, ATTENTION_BACKWARD, calls.attention_backward, *arguments)
+    if _plain(keys):
+        return calls.attention_backward(do, q, k, v, captures, params, program, dropout_p, seed, out, lse, needs)
+    return _redispatch(ATTENTION_BACKWARD, keys, do, q, k, v, captures, params, program, dropout_p, seed, out, lse, needs)
 
 
 # ---------------------------------------------------------------- registration
