@@ -128,6 +128,18 @@ def packed_image(x: Tensor, twin: bool = False) -> Tensor:
     return (q @ k.mT * 0.25).softmax(-2 if twin else -1).matmul(v).unflatten(2, (9, 7))
 
 
+@spelling(t(2, 3, 63, 24), t(2, 3, 129, 16), t(2, 1, 129, 8), t(2, 3, 129, 16))
+def keys_written_in_parts(q: Tensor, k: Tensor, rotary: Tensor, v: Tensor, twin: bool = False) -> Tensor:
+    """DeepSeek: a part of each head's own and a part that the heads share, copied into one tensor."""
+    keys = k.new_empty(*k.shape[:-1], 24)
+    keys[..., 8:24] = k
+    keys[..., :8] = rotary.expand(-1, 3, -1, -1)
+    if not twin:
+        keys[..., :16].copy_(k)
+        keys[..., 16:].copy_(rotary.expand(-1, 3, -1, -1))
+    return attend(q, keys, v)
+
+
 @spelling(t(2, 63, 48), t(2, 129, 48), t(2, 129, 48))
 def keys_permuted_to_columns(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     """k goes to (B, H, D, M) in one permute."""

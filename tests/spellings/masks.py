@@ -80,6 +80,16 @@ def one_minus_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool = F
     return (scores_of(q, k) + extended).softmax(-1) @ v
 
 
+@spelling(t(2, 3, 63, 16), t(2, 3, 129, 16), t(2, 3, 129, 16), dynamic=False)
+def written_by_slices(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
+    """A mask of zeros into which regions are written."""
+    mask = torch.zeros(q.shape[-2], k.shape[-2])
+    mask[:, 100:] = float("-inf")
+    mask[:, 7] = 0.5 if twin else 0.25
+    mask[7, 5:] = float("-inf")
+    return (scores_of(q, k) + mask).softmax(-1) @ v
+
+
 @spelling(*qkv(n=63, m=129), padding(2, 129))
 def one_minus_mask_finfo(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool = False) -> Tensor:
     extended = (1.0 - mask.unsqueeze(1).unsqueeze(2).float()) * LOW
