@@ -18,6 +18,8 @@ from fusion_kernels.choice import force, kernel_for
 from fusion_kernels.op import ATTENTION, ATTENTION_BACKWARD
 from fusion_kernels.program import SCORE, Capture, Node, Program, apply, const, index, load, param
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 B_, H_, Q, K = (index(n) for n in "bhqk")
 
@@ -136,6 +138,60 @@ def test_a_second_derivative_is_refused() -> None:
     (dq,) = torch.autograd.grad(out.square().sum(), [q], create_graph=True)
     with pytest.raises(RuntimeError, match="fusion_kernels: attention was differentiated twice"):
         dq.sum().backward()
+
+
+def test_a_derivative_in_forward_mode_is_refused() -> None:
+    q, k, v = (t.detach() for t in tensors())
+    message = "fusion_kernels: attention was differentiated in forward mode"
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
+        ATTENTION(forward_ad.make_dual(q, torch.ones_like(q)), k, v, [], [], CAUSAL.text, 0.0, None)
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_mode_sees_the_ops(grad: bool) -> None:
+    """Calls that go straight to the implementation do so only where nobody between autograd and the device looks."""
+    q, k, v = tensors()
+    with torch.set_grad_enabled(grad), Seen() as seen:
+        out, _ = ATTENTION(q, k, v, [], [], CAUSAL.text, 0.0, None)
+        if grad:
+            out.sum().backward()
+    assert ATTENTION.name() in seen.names
+    assert (ATTENTION_BACKWARD.name() in seen.names) == grad
+    assert not any("attention" in name and "fusion_kernels" not in name for name in seen.names), "what is below the op"
+
+
+def test_a_call_is_planned_for_what_it_looks_like() -> None:
+    """No plan serves a call that differs in what decides about it: each result is the one of a fresh process."""
+    q, k, v = (t.detach() for t in tensors(9, 9))
+    transposed = k.mT.contiguous().mT  # other strides
+    other = apply("mul", SCORE, const(0.5))
+    for program in (CAUSAL, Program(other), CAUSAL):
+        for keys in (k, transposed, k.double(), k):
+            for way in ("aten", "tiled", "dense"):
+                queries, values = (t.to(keys.dtype) for t in (q, v))
+                with force(way):
+                    found = ATTENTION(queries, keys, values, [], [], program.text, 0.0, None)
+                expected = reference.dense(queries, keys, values, [], [], program)
+                torch.testing.assert_close(list(found), list(expected))
+
+
+def test_only_flagged_captures_have_gradients() -> None:
+    q, k, v = (t.detach() for t in tensors())
+    bias = torch.randn(4, 9, 13)
+    out, lse = ATTENTION(q, k, v, [bias], [], BIASED.text, 0.0, None)
+    for needs in ([False], [True]):
+        *_, found = ATTENTION_BACKWARD(torch.ones_like(out), q, k, v, [bias], [], BIASED.text, 0.0, None, out, lse, needs)
+        assert [g.shape for g in found] == [bias.shape] * sum(needs)
 
 
 def test_gradients_flow_to_what_asks_for_them() -> None:
