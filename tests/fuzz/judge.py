@@ -14,7 +14,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from checks import Recorder, Result, allowed, assert_rule, compile_always, error, exactly, fused_nodes, misplaced, run, sites_text
+from checks import (
+    Recorder,
+    Result,
+    allowed,
+    assert_rule,
+    compile_always,
+    error,
+    exactly,
+    fused_nodes,
+    misplaced,
+    overflow,
+    run,
+    sites_text,
+)
 from fusion_kernels.philox import keep_mask
 from torch import Tensor
 
@@ -40,10 +53,10 @@ def op_dropout(p: Tensor, rate: float = 0.5, training: bool = True) -> Tensor:
     return p * kept.to(p.dtype) / (1 - rate)
 
 
-Runs = tuple[Result, Result, Result]  # fused, eager, exact
+Runs = tuple[Result, Result, Result, bool]  # fused, eager, exact; whether float16 arithmetic overflows in eager
 
 
-def _pooled(runs: list[Runs], terms: list[Result], overflows: bool) -> None:
+def _pooled(runs: list[Runs], terms: list[Result]) -> None:
     """The rule for the largest errors over several draws: eager's own error belongs to the program, not to one draw of it.
 
     A score's gradient is p (dp - sum_k p dp), and where the difference cancels (one key: exactly) eager may be right by chance
@@ -51,10 +64,10 @@ def _pooled(runs: list[Runs], terms: list[Result], overflows: bool) -> None:
     taken at the size of its terms as well: `ROUNDINGS`, in the dtype of the accumulation, of the largest that `terms` has.
     """
     for i, (name, _) in enumerate(runs[0][0].named()):
-        values = [[r.named()[i][1] for r in triple] for triple in runs]
+        values = [[r.named()[i][1] for r in results] for *results, _ in runs]
         if values[0][0] is None or not values[0][0].is_floating_point():
             continue
-        for x, e, t in values:
+        for (x, e, t), (*_, overflows) in zip(values, runs, strict=True):
             assert not (wrong := misplaced(name, x, e, t, overflows)), f"fuzz: {name}: {wrong}"
         got = max(error(x, t) for x, _, t in values)
         eager = max(error(e, t) for _, e, t in values)
@@ -113,14 +126,18 @@ def _check(w: Written, compiled: Callable[..., Any], recorder: Recorder) -> None
     if w.dropout and fusion_pass.last_report().fused:  # a program that was left alone drops what eager drops
         names["F"] = SimpleNamespace(**{**vars(F), "dropout": op_dropout})
     reference = w.build(**names)
-    overflows = w.dtype == torch.float16
-    triple = (first, call(run, reference, w.seed), call(exactly, reference, w.seed))
+
+    def runs(seed: int, fused: Result | None = None) -> Runs:
+        fused = call(run, compiled, seed) if fused is None else fused
+        overflows = w.dtype == torch.float16 and overflow(reference, w.make(seed))
+        return fused, call(run, reference, seed), call(exactly, reference, seed), overflows
+
+    fused, eager, exact, overflows = one = runs(w.seed, first)
     try:
-        assert_rule(*triple, "fuzz", overflows=overflows)
+        assert_rule(fused, eager, exact, "fuzz", overflows=overflows)
     except AssertionError as failed:
         if ": error " not in str(failed):  # NaN and inf, shapes and dtypes are not a matter of luck
             raise
         seeds = [w.seed + 1 + i for i in range(DRAWS)]
-        more = [(call(run, compiled, x), call(run, reference, x), call(exactly, reference, x)) for x in seeds]
         uncancelled = w.uncancelled.build(**names)
-        _pooled([triple, *more], [call(exactly, uncancelled, x) for x in (w.seed, *seeds)], overflows)
+        _pooled([one, *map(runs, seeds)], [call(exactly, uncancelled, x) for x in (w.seed, *seeds)])

@@ -98,6 +98,8 @@ FOUND = {
         (*qkv(), Input("c", (2, 1, 1, 3), dtype=torch.float32, grad=True)),
         dtype=torch.float16,
     ),
+    # The derivative of silu is g (a + b) in torch and g a + g b in the kernel: NaN for inf where a and b differ in sign.
+    "an infinite gradient": written("return F.silu(q @ k.mT).softmax(-1) @ v", (*qkv()[:2], Input("v", ROW, poison=inf))),
     # ATen gives 0 to rows whose scores are all -inf, and without a mask to rows that are all NaN; softmax gives NaN.
     "scores of -inf": written("return (q.abs() @ -k.abs().mT).softmax(-1) @ v", qkv(poison=inf)),
     "scores of NaN": written("return (q @ k.mT).softmax(-1) @ v", qkv(poison=nan)),
