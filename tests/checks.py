@@ -73,7 +73,8 @@ class Watch(TorchDispatchMode):
         return out
 
 
-COPIES = ("to_copy", "copy", "masked_fill", "where", "full", "scalar_tensor")  # of numbers: no arithmetic
+# What is no arithmetic: copies of numbers, and memory that nothing was written to yet.
+COPIES = ("to_copy", "copy", "masked_fill", "where", "full", "scalar_tensor", "empty", "empty_like", "new_empty", "empty_strided")
 
 
 class Overflow(TorchDispatchMode):
