@@ -45,8 +45,8 @@ class Variant:
 class Context:
     """One model, and where its sizes are to be found."""
 
-    def __init__(self, model: nn.Module, variant: Variant, padded: bool) -> None:
-        self.model, self.variant, self.padded = model, variant, padded
+    def __init__(self, model: nn.Module, variant: Variant, padded: bool, length: int = LENGTH) -> None:
+        self.model, self.variant, self.padded, self.length = model, variant, padded, length
         self.config: Any = model.config
         self.forward = inspect.signature(model.forward).parameters
         self.parts = list(_parts(self.config))
@@ -108,22 +108,30 @@ def words(c: Context) -> int:
     return size - 45 if size > 120 else size
 
 
-def tokens(c: Context, length: int = LENGTH) -> Tensor:
-    return c.randint(2, words(c), BATCH, length)
+def tokens(c: Context, length: int | None = None) -> Tensor:
+    return c.randint(2, words(c), BATCH, length or c.length)
 
 
-def mask(c: Context, length: int | None = None) -> Tensor | None:
-    """Ones, and zeros where a row is padded: on the left for decoders, whose last token is to be the newest."""
+def mask(c: Context) -> Tensor | None:
+    """Ones, and zeros where a row is padded: on the left for decoders, whose last token is to be the newest.
+
+    Of text, else of sound; a picture has no padding.
+    """
     if not c.padded:
         return None
-    length = length or c.made.get("input_ids", torch.empty(BATCH, LENGTH)).shape[1]
+    given = [c.made[name] for name in ("input_ids", "inputs", "input_values", "input_features") if name in c.made]
+    if not given or given[0].dim() > 3:
+        return None
+    text = not given[0].is_floating_point()
+    length = given[0].shape[2 if given[0].dim() == 3 and c.variant.sound == "mels first" else 1]
     keep = torch.ones(BATCH, length, dtype=torch.int64)
-    keep[0, slice(PAD) if c.is_decoder else slice(-PAD, None)] = 0
+    padding = PAD if text else length // 4
+    keep[0, slice(padding) if c.is_decoder and text else slice(-padding, None)] = 0
     return keep
 
 
 def boxes(c: Context, last: int = 4) -> Tensor:
-    low, size = c.randint(0, 400, BATCH, LENGTH, 2), c.randint(1, 400, BATCH, LENGTH, 2)
+    low, size = c.randint(0, 400, BATCH, c.length, 2), c.randint(1, 400, BATCH, c.length, 2)
     return torch.cat([low, low + size], -1)
 
 
@@ -169,7 +177,7 @@ def mels(c: Context) -> Tensor | None:
         return None
     bins = _one(
         c.find(
-            "num_mel_bins", "n_mels", "feature_size", "feature_projection_input_dim", "input_feat_size", "input_dim", default=80
+            "num_mel_bins", "n_mels", "feature_size", "feature_projection_input_dim", "input_feat_size", "input_dim", "input_size", default=80
         )
     )
     positions = c.find("max_source_positions")
@@ -242,15 +250,20 @@ MAKERS: dict[str, Maker] = {
     "qformer_input_ids": lambda c: tokens(c, 11),
     "use_cache": lambda c: False,
     "return_dict": lambda c: True,
-    "mm_token_type_ids": lambda c: torch.zeros(BATCH, LENGTH, dtype=torch.int64),
+    "mm_token_type_ids": lambda c: torch.zeros(BATCH, c.length, dtype=torch.int64),
     "visual_feats": lambda c: c.randn(BATCH, 11, _one(c.find("visual_feat_dim", default=16))),
     "visual_pos": lambda c: c.randn(BATCH, 11, _one(c.find("visual_pos_dim", default=4))),
     "query_embeds": lambda c: c.randn(BATCH, 7, _one(c.find("hidden_size", default=64))),
 }
 
 
-def candidates(model: nn.Module, model_type: str, padded: bool) -> Iterator[tuple[Variant, Inputs]]:
-    """The inputs of each variant that could mean something to `model`; most usual first."""
+def candidates(model: nn.Module, model_type: str, padded: bool, length: int = LENGTH) -> Iterator[tuple[Variant, Inputs]]:
+    """The inputs of each variant that could mean something to `model`, a batch of two; most usual first.
+
+    Args:
+        padded: whether the first row ends (for decoders: begins) in padding, where the model takes a mask.
+        length: how many tokens of text.
+    """
     names = set(inspect.signature(model.forward).parameters)
     seeing = bool(names & {"pixel_values", "pixel_values_videos", "pixel_values_images"})
     hearing = bool(names & {"input_features", "audio_mel", "input_values"})
@@ -269,7 +282,7 @@ def candidates(model: nn.Module, model_type: str, padded: bool) -> Iterator[tupl
         if variant in seen:
             continue
         seen.append(variant)
-        yield variant, _inputs(Context(model, variant, padded), model_type)
+        yield variant, _inputs(Context(model, variant, padded, length), model_type)
 
 
 def _first_is_film(config: Any, names: set[str]) -> bool:
@@ -281,7 +294,7 @@ def _first_is_film(config: Any, names: set[str]) -> bool:
 
 def _inputs(c: Context, model_type: str) -> Inputs:
     own = INPUTS.get(model_type, {})
-    for name in c.forward:
+    for name in sorted(c.forward, key=lambda name: name == "attention_mask"):  # it has the shape of the others: last
         maker = own.get(name, MAKERS.get(name))
         if name in NEVER.get(model_type, ()) or maker is None:
             continue

@@ -31,7 +31,7 @@ from fusion_pass import report
 from .inputs import Inputs, candidates
 from .shrink import dropout_off, small_config
 from .sites import Counter
-from .traits import CLASSES
+from .traits import CLASSES, PARTS
 
 __all__ = ["RUNS", "Probe", "build", "measure"]
 
@@ -43,7 +43,11 @@ def build(model_type: str) -> nn.Module:
     """The architecture, small, eager, with weights that make attention far from uniform and no layer close to nothing."""
     torch.manual_seed(11)
     config = small_config(model_type)
-    model = model_class(model_type)._from_config(config, attn_implementation="eager")
+    config = getattr(config, PARTS[model_type]) if model_type in PARTS else config
+    cls = model_class(model_type)
+    # Experts as products of batches: those of groups know no float64, and a loop over experts breaks the graph.
+    options = {"experts_implementation": "batched_mm"} if cls._can_set_experts_implementation() else {}
+    model = cls._from_config(config, attn_implementation="eager", **options)
     dropout_off(model)
     for module in model.modules():
         for p in module.parameters(recurse=False):

@@ -41,7 +41,7 @@ DEPTH = re.compile(
     r"|.*_encoder_layers|.*_decoder_layers|num_.*_hidden_layers|depth_encoder|depth_decoder)$"
 )
 NOT_DEPTH = {"num_feat_extract_layers", "num_hidden_groups"}
-DEPTHS = re.compile(r"^(.*depths|depth|blocks_per_stage|num_blocks|layers_per_stage|encoder_blocks|stage_num_blocks)$")
+DEPTHS = re.compile(r"^(.*depths|depth|blocks_per_stage|num_blocks|layers_per_stage|encoder_blocks|stage_num_blocks|stage_numb_of_layers)$")
 WIDTH = re.compile(
     r"(^|_)(d_model|n_embd|d_ff|d_kv|n_inner|d_head|d_inner|d_embed|emb_dim|hidden_size|embed_dim|dim|dims|dim_head|channels?|features?|width"
     r"|rank|units|intermediate_size|hidden_sizes|hidden_dim|embedding_size|ffn_size|inner_size|embed_dims|output_size|hidden_size_global"
@@ -49,7 +49,7 @@ WIDTH = re.compile(
     r"|(^|_)(hidden|embed|embedding|ffn|proj|projection|inner|intermediate|model|attention|entity_emb|bottleneck|d)_(size|dim)s?(_|$)"
 )
 NOT_WIDTH = re.compile(
-    r"base_channels|latent_channels|vocab|patch_size|image_size|codebook_size|(^|_)(in|num|input|image)_channels$|num_|quantiz|n_group"
+    r"base_channels|latent_channels|vocab|patch_size|image_size|codebook_size|^(in|num|input|image)_channels$|num_|quantiz|n_group"
 )
 COUNTS: dict[re.Pattern[str], int] = {
     re.compile(r"^(num|n)_(local_|routed_|shared_)?experts$|^moe_num_experts$|^num_local_experts$"): 4,
@@ -59,6 +59,7 @@ COUNTS: dict[re.Pattern[str], int] = {
     re.compile(r"^n_shared_experts$|^n_group$|^topk_group$|^num_expert_group$|^first_k_dense_replace$"): 1,
     re.compile(r"^num_kv_shared_layers$|^zero_expert_num$"): 2,
     re.compile(r"^n_filters$|^num_filters$"): 8,
+    re.compile(r"^(mamba_)?chunk_size$"): 16,
     re.compile(r"^encoder_hash_byte_group_vocab$"): 500,
     re.compile(
         r"^(max_position_embeddings|n_positions|max_seq_len|max_seq_length|max_sequence_length|seq_length|max_length)$"
@@ -108,7 +109,7 @@ def dropout_off(model: Any) -> None:
 
 
 def _small(config: PretrainedConfig, divisor: int, own: Fields) -> PretrainedConfig:
-    fields = _fields(config)
+    fields, divisor = _fields(config), own.get("divisor", divisor)
     layers, kinds = _layers(fields | {"_out_indices": vars(config).get("_out_indices")})
     changed: Fields = {}
     for name, value in fields.items():
@@ -156,7 +157,10 @@ def _field(name: str, value: Any, divisor: int, layers: int, kinds: list[int]) -
             return min(value, most)
     if name.endswith("vocab_size") and name != "type_vocab_size":
         return min(value, VOCABULARY)
-    return _divided(value, divisor) if _is_width(name) else value
+    if not _is_width(name):
+        return value
+    small = _divided(value, divisor)
+    return small if small == value or not EXPERT.search(name) else 8 * math.ceil(small / 8)  # grouped products want 16 bytes
 
 
 def _shares(value: list[int], divisor: int) -> list[int]:
@@ -190,6 +194,9 @@ def _list(name: str, value: list[Any], divisor: int, layers: int, kinds: list[in
 
 def _is_width(name: str) -> bool:
     return bool(WIDTH.search(name)) and not NOT_WIDTH.search(name)
+
+
+EXPERT = re.compile(r"intermediate_size|ffn_dim|ffn_hidden_size")
 
 
 def _divided(value: int, divisor: int) -> int:
@@ -285,14 +292,14 @@ def _numbers(value: Any) -> list[int]:
 
 
 def _pictures(fields: Fields) -> Fields:
-    """A picture is four patches wide; a hierarchy of stages, which halves it again and again, gets 64 pixels."""
+    """A picture is four patches wide, and where stages halve it again and again, four after the last; so is a window."""
     size, patch = fields.get("image_size"), fields.get("patch_size")
     if size is None:
         return fields
-    staged = any(DEPTHS.match(k) and isinstance(v, (list, tuple)) for k, v in fields.items())
-    width = 64 if staged or not isinstance(patch, int) else 4 * patch
-    if isinstance(patch, (list, tuple)) and not staged:
-        width = 4 * max(patch)
+    stages = max((len(v) for k, v in fields.items() if DEPTHS.match(k) and isinstance(v, (list, tuple))), default=1)
+    sides = _numbers(patch) or [16 if stages == 1 else 4]
+    width = 4 * max(sides) * 2 ** (stages - 1) if stages == 1 or len(sides) == 1 else 64
+    fields = fields | ({"window_size": 4} if stages > 1 and isinstance(fields.get("window_size"), int) else {})
     if isinstance(size, (list, tuple)):
         return fields | {"image_size": type(size)(min(s, width) for s in size)}
     return fields | {"image_size": min(size, width)}
@@ -320,8 +327,3 @@ def _vocabularies(fields: Fields) -> Iterator[int]:
             yield value
         if isinstance(value, PretrainedConfig):
             yield from _vocabularies(_fields(value))
-
-
-def size(config: PretrainedConfig) -> int:
-    """The largest number among the widths: what says that a rule has missed one."""
-    return max((math.prod(_numbers(v)[:1]) for k, v in _fields(config).items() if _is_width(k)), default=0)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-__all__ = ["AS_DICTS", "CLASSES", "CONFIG_OVERRIDES", "DEFAULTS", "INPUTS", "NEVER", "REPLACED"]
+import torch
+
+__all__ = ["AS_DICTS", "CLASSES", "CONFIG_OVERRIDES", "DEFAULTS", "INPUTS", "NEVER", "PARTS", "REPLACED"]
 
 # Configurations that cannot be made without parts: field -> model type of the part.
 DEFAULTS: dict[str, dict[str, str]] = {
@@ -24,12 +27,13 @@ REPLACED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # Configurations that take their parts as dictionaries only.
-AS_DICTS = {"vision-text-dual-encoder"}
+AS_DICTS = {"vision-text-dual-encoder", "encoder-decoder", "vision-encoder-decoder", "speech-encoder-decoder"}
 
 # Where the first model class of AutoModel is not the whole model.
 CLASSES: dict[str, str] = {
     "musicgen": "MusicgenForConditionalGeneration",
     "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
+    "bark": "BarkSemanticModel",
 }
 
 _HUNYUAN = {"head_dim": 8, "num_key_value_heads": 8}
@@ -40,7 +44,10 @@ _COMPASS = {
     for k in ("full_attention", "sliding_attention")
 }
 _QSA = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 32}
-_DETR = {"use_timm_backbone": False, "backbone": None}
+_GEMMA4 = {"global_head_dim": 32}
+
+# Configurations of several models of which no single one runs: the part that is measured.
+PARTS: dict[str, str] = {"bark": "semantic_config"}
 
 # Fields of single architectures, by model type; "divisor" is the number that widths are divided by; a nested table is a part's.
 CONFIG_OVERRIDES: dict[str, dict[str, Any]] = {
@@ -53,12 +60,12 @@ CONFIG_OVERRIDES: dict[str, dict[str, Any]] = {
     "mimi": _MIMI,
     "kyutai_speech_to_text": {"codec_config": _MIMI},
     "cohere_compass": {"text_config": {"rope_parameters": _COMPASS}},
-    "cohere_compass_text": {"rope_parameters": _COMPASS},
+    "cohere_compass_text": {"rope_parameters": {k: v | {"mrope_section": [1, 1, 2]} for k, v in _COMPASS.items()}},
     "cvt": {"depth": [1, 2, 3]},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
-    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
-    "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "deepseek_ocr2": {"text_config": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]}},
+    "diffusion_gemma": {"text_config": {**_GEMMA4, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
     "granite4_vision": {"deepstack_layer_map": [[0, 1]], "downsample_rate": "4/8"},
     "neomme": {"divisor": 2},
@@ -69,8 +76,12 @@ CONFIG_OVERRIDES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 16,
-        "mamba_d_ssm": 128,
+        "mamba_d_ssm": 128, "mamba_n_heads": 16, "mamba_d_head": 8,
     },
+    "gemma4": {"text_config": _GEMMA4},
+    "gemma4_text": _GEMMA4,
+    "gemma4_unified": {"text_config": _GEMMA4},
+    "gemma4_unified_text": _GEMMA4,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
     "hunyuan_v1_dense": _HUNYUAN,
     "hunyuan_v1_moe": _HUNYUAN,
@@ -84,9 +95,42 @@ CONFIG_OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {"indexer_budget": 16, "indexer_compress_ratio": 4, **_QSA},
     "seggpt": {"merge_index": 0},
     "tvp": {"visual_prompt_size": 8, "max_img_size": 64},
+    "align": {"projection_dim": 640, "vision_config": {"divisor": 1, "num_block_repeats": [1] * 7}},
+    "efficientnet": {"divisor": 1, "num_block_repeats": [1] * 7},
+    "blip-2": {"image_token_id": 270},
+    "emu3": {"vocabulary_map": {"<image>": 300, "<|visual token 000000|>": 10, "<|extra_200|>": 11}},
+    "eomt": {"num_blocks": 1},
+    "eomt_dinov3": {"num_blocks": 1},
+    "videomt": {"num_blocks": 1},
+    "sam": {"prompt_encoder_config": {"image_size": 64, "image_embedding_size": 4}},
+    "sam_hq": {"prompt_encoder_config": {"image_size": 64, "image_embedding_size": 4}},
+    "depth_pro": {"patch_size": 64, "image_model_config": {"image_size": 64}, "patch_model_config": {"image_size": 64}, "fov_model_config": {"image_size": 64}},
+    "bros": {"divisor": 2},
+    "clvp": {"speech_config": {"vocab_size": 512}},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "glm4v_moe": {"divisor": 4},
+    "glm4v_moe_text": {"divisor": 4},
+    "instructblip": {"image_token_index": 270, "image_token_id": 270},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]},
 }
 
 # Inputs of single architectures: argument -> function of the `inputs.Context`; and arguments that are not to be given.
-INPUTS: dict[str, dict[str, Any]] = {}
+INPUTS: dict[str, dict[str, Callable[[Any], Any]]] = {
+    "blip_2_qformer": {"encoder_hidden_states": lambda c: c.randn(2, 11, c.config.encoder_hidden_size)},
+    "clap": {"input_features": lambda c: c.randn(2, 1, 1024, 64), "is_longer": lambda c: torch.tensor([[True], [False]])},
+    "clvp": {"input_features": lambda c: c.randn(2, c.find("feature_size"), 32)},
+    "decision_transformer": {
+        "states": lambda c: c.randn(2, 9, c.config.state_dim),
+        "actions": lambda c: c.randn(2, 9, c.config.act_dim),
+        "rewards": lambda c: c.randn(2, 9, 1),
+        "returns_to_go": lambda c: c.randn(2, 9, 1),
+        "timesteps": lambda c: torch.arange(9).expand(2, 9),
+        "attention_mask": lambda c: None,
+    },
+    "depth_pro": {"pixel_values": lambda c: c.randn(2, 3, 256, 256)},
+    "dia": {"decoder_input_ids": lambda c: c.randint(2, 100, 2, 23, 9)},
+    "bros": {"bbox": lambda c: torch.rand(2, 37, 4, generator=c.generator)},
+}
 NEVER: dict[str, set[str]] = {}
