@@ -21,6 +21,7 @@ import torch
 from fusion_kernels.program import Node, apply, postorder, rebuild
 
 from . import kinds, pointwise, reductions
+from .float16_masks import rounded_sum
 from .indexing import Axes, expr_of
 from .kinds import sym
 from .site import Reason, Refused
@@ -199,7 +200,8 @@ class Describer:
         addend = self.arg(record.args[0], record, index)
         if beta.attr != 1:
             addend = apply("mul", addend, kinds.to_float(beta))
-        return apply("add", addend, scaled)
+        total = apply("add", addend, scaled)
+        return rounded_sum(self, total, addend, scaled) if record.outputs[0].dtype == torch.float16 else total
 
     def product_of_one(self, record: Record, index: Index) -> Node:
         """A pointwise product of two tensors as a dot over an axis of one: what einsum makes of a head dim of 1."""

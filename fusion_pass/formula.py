@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import sympy
+from fusion_kernels.float16_sums import inside
 from fusion_kernels.masks import split
 from fusion_kernels.program import Node, Program
 from fusion_kernels.tiles import key_mask, kv_bounds
@@ -113,6 +114,8 @@ class _Printer:
             return f"{name}[{', '.join(self.text(a) for a in node.args)}]" if node.args else name
         if node.op in _SILENT:
             return self.text(node.args[0], outer)
+        if (total := inside(node)) is not None:
+            return self.text(total, outer)
         if node.op == "mul" and node.args[1].op == "const" and isinstance(node.args[1].attr, float):
             inverse = 1 / node.args[1].attr if node.args[1].attr else 0.0
             if inverse > 1.5 and abs(inverse - round(inverse)) < 1e-9:

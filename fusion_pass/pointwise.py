@@ -15,6 +15,7 @@ import torch
 from fusion_kernels.program import Node, apply, const
 
 from .activations import ACTIVATIONS
+from .float16_masks import rounded_sum
 from .indexing import expr_of
 from .kinds import cast, power, promote, scalar, sym, to_bool, to_float, to_int
 from .tape import Record, Value
@@ -59,6 +60,8 @@ def _arith(op: str, flip: bool = False) -> Rule:
             a, b = b, a
         if value.dtype == torch.bool:
             return apply({"add": "or", "mul": "and"}[op], to_bool(a), to_bool(b)) if op in ("add", "mul") else None
+        if value.dtype == torch.float16 and op in ("add", "sub"):
+            return rounded_sum(d, _binary(op, a, b), a, b)
         return _binary(op, a, b)
 
     return rule
