@@ -91,27 +91,20 @@ class MaskWriter:
         # -1e9 is no fp16 number: torch refuses it as a fill. The lowest number is that of the scores, in their float64 run too.
         finite = w.pick(f"torch.finfo({w.low}).min", "-1e4", *["-1e9"] * (w.dtype != torch.float16))
         fill = w.pick("float('-inf')", "float('-inf')", "-torch.inf", finite)
-        form = w.pick("masked_fill", "masked_fill_", "where", "full", "turned", "bias", "zeros", "one_minus", "times")
-        if form == "masked_fill":
-            w.line(f"s = s.masked_fill({w.pick(f'~({p})', f'({p}).logical_not()', f'({p}) == 0')}, {fill})")
-        elif form == "masked_fill_":
-            w.line(f"s.masked_fill_(~({p}), {fill})")
-        elif form == "where":
-            w.line(f"s = torch.where({p}, s, {fill})")
-        elif form == "full":
-            w.line(f"s = torch.where({p}, s, torch.full([], {fill}, dtype=s.dtype, device=s.device))")
-        elif form == "turned":
-            w.line(f"s = torch.where(~({p}), {fill}, s)")
-        elif form == "bias":
-            w.line(f"s = s + torch.where({p}, 0.0, {fill}).to(s.dtype)")
-        elif form == "zeros":
-            w.line(f"bias_ = torch.zeros(n, m, dtype=s.dtype).expand_as(s).masked_fill(~({p}), {fill})")
-            w.line("s = s + bias_")
-        elif form == "one_minus":
-            w.line(f"s = s + (1.0 - ({p}).to(s.dtype)) * {finite}")
-        else:
-            w.line(f"keep_ = ({p}).to(s.dtype)")
-            w.line("s = s * keep_ - 1e4 * (1 - keep_)")
+        hidden = w.pick(f"~({p})", f"({p}).logical_not()", f"({p}) == 0")
+        forms = (
+            [f"s = s.masked_fill({hidden}, {fill})"],
+            [f"s.masked_fill_(~({p}), {fill})"],
+            [f"s = torch.where({p}, s, {fill})"],
+            [f"s = torch.where({p}, s, torch.full([], {fill}, dtype=s.dtype, device=s.device))"],
+            [f"s = torch.where(~({p}), {fill}, s)"],
+            [f"s = s + torch.where({p}, 0.0, {fill}).to(s.dtype)"],
+            [f"bias_ = torch.zeros(n, m, dtype=s.dtype).expand_as(s).masked_fill(~({p}), {fill})", "s = s + bias_"],
+            [f"s = s + (1.0 - ({p}).to(s.dtype)) * {finite}"],
+            [f"keep_ = ({p}).to(s.dtype)", "s = s * keep_ - 1e4 * (1 - keep_)"],
+        )
+        for line in w.pick(*forms):
+            w.line(line)
 
     # ------------------------------------------------------------ NaN and infinity
 
