@@ -32,7 +32,7 @@ Inputs = dict[str, Any]
 class Variant:
     """What names leave open. `str(variant)` is empty for the usual one."""
 
-    pictures: str = "picture"  # (B, C, H, W); "film": (B, T, C, H, W); "tiles": the same with one tile
+    pictures: str = "picture"  # (B, C, H, W); "film": (B, T, C, H, W); the same with one: "tiles", and with two: "pair"
     sound: str = "mels first"  # (B, mels, time), or "time first"
     use_pictures: bool = True
     use_sound: bool = True
@@ -160,7 +160,7 @@ def pictures(c: Context) -> Tensor | None:
     height, width = _pair(c.find("image_size", "img_size", "input_size", default=64))
     if c.variant.pictures == "picture":
         return c.randn(BATCH, channels, height, width)
-    frames = _one(c.find("num_frames", "frames_per_clip", default=1)) if c.variant.pictures == "film" else 1
+    frames = {"film": _one(c.find("num_frames", "frames_per_clip", default=1)), "pair": 2, "tiles": 1}[c.variant.pictures]
     return c.randn(BATCH, max(frames, 1), channels, height, width)
 
 
@@ -177,7 +177,14 @@ def mels(c: Context) -> Tensor | None:
         return None
     bins = _one(
         c.find(
-            "num_mel_bins", "n_mels", "feature_size", "feature_projection_input_dim", "input_feat_size", "input_dim", "input_size", default=80
+            "num_mel_bins",
+            "n_mels",
+            "feature_size",
+            "feature_projection_input_dim",
+            "input_feat_size",
+            "input_dim",
+            "input_size",
+            default=80,
         )
     )
     positions = c.find("max_source_positions")
@@ -268,9 +275,9 @@ def candidates(model: nn.Module, model_type: str, padded: bool, length: int = LE
     seeing = bool(names & {"pixel_values", "pixel_values_videos", "pixel_values_images"})
     hearing = bool(names & {"input_features", "audio_mel", "input_values"})
     reading = "input_ids" in names
-    films = ("picture", "film", "tiles") if seeing else ("picture",)
+    films = ("picture", "film", "tiles", "pair") if seeing else ("picture",)
     if seeing and _first_is_film(model.config, names):
-        films = ("film", "picture", "tiles")
+        films = ("film", "picture", "tiles", "pair")
     sounds = ("mels first", "time first") if hearing else ("mels first",)
     uses = [(True, True)]
     if reading:

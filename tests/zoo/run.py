@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -41,17 +41,7 @@ def isolated(name: str, run: str, inner: str, seconds: float, memory: float) -> 
     child = os.fork()
     if child == 0:
         os.close(receive)
-        resource.setrlimit(resource.RLIMIT_AS, (int(memory * GIB),) * 2)
-        with open(os.devnull, "w") as null:
-            os.dup2(null.fileno(), 1)
-            os.dup2(null.fileno(), 2)
-        from zoo.measure import measure, quiet
-
-        quiet()
-        record = measure(name, run, inner=inner)
-        with os.fdopen(send, "w") as pipe:
-            pipe.write(json.dumps(record))
-        os._exit(0)
+        _child(send, name, run, inner, memory)
     os.close(send)
     text = _read(receive, begin + seconds)
     if text is None:
@@ -61,6 +51,24 @@ def isolated(name: str, run: str, inner: str, seconds: float, memory: float) -> 
         return json.loads(text)
     why = f"more than {seconds:.0f} s" if text is None else f"the process ended with status {os.waitstatus_to_exitcode(status)}"
     return {"name": name, "run": run, "state": "stopped", "error": why, "seconds": round(time.monotonic() - begin, 1)}
+
+
+def _child(send: int, name: str, run: str, inner: str, memory: float) -> NoReturn:
+    """Measure, write the record to the pipe, and end: nothing of the parent may run here."""
+    from zoo.measure import measure
+
+    try:
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        limit = int(memory * GIB) if hard == resource.RLIM_INFINITY else min(int(memory * GIB), hard)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+        with open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), 1)
+            os.dup2(null.fileno(), 2)
+        text = json.dumps(measure(name, run, inner=inner))
+        with os.fdopen(send, "w") as pipe:
+            pipe.write(text)
+    finally:
+        os._exit(0)
 
 
 def _read(pipe: int, until: float) -> str | None:

@@ -41,7 +41,9 @@ DEPTH = re.compile(
     r"|.*_encoder_layers|.*_decoder_layers|num_.*_hidden_layers|depth_encoder|depth_decoder)$"
 )
 NOT_DEPTH = {"num_feat_extract_layers", "num_hidden_groups"}
-DEPTHS = re.compile(r"^(.*depths|depth|blocks_per_stage|num_blocks|layers_per_stage|encoder_blocks|stage_num_blocks|stage_numb_of_layers)$")
+DEPTHS = re.compile(
+    r"^(.*depths|depth|blocks_per_stage|num_blocks|layers_per_stage|encoder_blocks|stage_num_blocks|stage_numb_of_layers)$"
+)
 WIDTH = re.compile(
     r"(^|_)(d_model|n_embd|d_ff|d_kv|n_inner|d_head|d_inner|d_embed|emb_dim|hidden_size|embed_dim|dim|dims|dim_head|channels?|features?|width"
     r"|rank|units|intermediate_size|hidden_sizes|hidden_dim|embedding_size|ffn_size|inner_size|embed_dims|output_size|hidden_size_global"
