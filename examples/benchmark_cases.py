@@ -220,6 +220,8 @@ def _flex_padding(x: Inputs) -> Flex:
 def _flex_bias(x: Inputs) -> Flex:
     table = x.extra
     assert table is not None
+    if table.numel() > 2**31 - 1:  # its kernels count the elements of a captured tensor in int32, and read past its start
+        raise OverflowError(f"FlexAttention indexes {table.numel()} elements in int32")
     return Flex(lambda s, b, h, q, k: s + table[0, h, q, k])
 
 

@@ -292,6 +292,8 @@ def _word(error: BaseException) -> str:
         return "-"
     if isinstance(error, Late):
         return "late"
+    if isinstance(error, OverflowError):
+        return "int32"
     if isinstance(error, Unfused):
         return "unfused"
     if isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in text:

@@ -82,7 +82,7 @@ def attention_backward(
     """
     look = signature(do, q, k, v, seed, out, lse, dq, dk, dv, *captures), signature(*dcaptures), tuple(needs)
     tiles = dkdv_tile, dq_tile
-    key = (id(program), dropout_p, look, tuple(map(number, params)), tiles, allows_tf32(), configs.FEW_KEYS)
+    key = (id(program), dropout_p, look, tuple(map(number, params)), tiles, allows_tf32(), configs.FEW_SCORES)
     fill = _plans.get(key)
     if fill is None:
         fill = _plans[key] = plan(do, q, k, v, captures, program, dropout_p, out, lse, needs, dq, dk, dv, dcaptures, *tiles)
@@ -176,7 +176,7 @@ def plan(
     B, H, N, D = q.shape
     kv_heads, M, DV = k.shape[1], k.shape[2], v.shape[3]
     wrt = tuple(i for i, need in enumerate(needs) if need and program.captures[i].kind == "float")
-    found = parts(program, wrt, q.dtype == torch.bfloat16, M >= configs.FEW_KEYS)
+    found = parts(program, wrt, q.dtype == torch.bfloat16, B * H * N * M >= configs.FEW_SCORES)
     masked = found.masked
     (D0, D1), (V0, V1) = split(D, q.dtype), split(DV, q.dtype)
     whole = D1 == 0 and V1 == 0

@@ -8,16 +8,18 @@ from dataclasses import dataclass
 import torch
 
 __all__ = [
-    "EXACT_FP32", "FEW_KEYS", "SHORT", "Tile", "Traits", "backward_dkdv", "backward_dq", "backward_table", "forward", "together",
+    "EXACT_FP32", "FEW_SCORES", "SHORT", "Tile", "Traits",
+    "backward_dkdv", "backward_dq", "backward_table", "forward", "together",
 ]  # fmt: skip
 
 # Where tf32 is not allowed, fp32 products are three tf32 products on the tensor cores: at most 1.6 times eager's error
 # at 3 to 20 times the speed of plain multiply-add, "ieee" (causal, N = 1024, D = 64 and 128; before `device.dot` added by tile).
 EXACT_FP32 = "tf32x3"
 
-# With fewer keys than this nobody asks which of them padding hides (`key_ranges`). An estimate, not measured: the question is
-# one more launch, some 10 us of the host, and kernels over so few keys run hardly longer than the host takes.
-FEW_KEYS = 2048
+# With fewer scores (B * H * N * M) than this nobody asks which keys padding hides (`key_ranges`): it takes one more launch,
+# some 10 us. An estimate between measurements: padding of a quarter that was left in cost 0.9 of FlexAttention's speed forward
+# and 0.8 backward at 2^27 and 2^28 scores; at 2^26 a forward was bound by the host.
+FEW_SCORES = 1 << 26
 
 # Shorter sequences are read through pointers: a descriptor for the copy engine costs 5 us of host time at each launch.
 SHORT = 2048

@@ -206,7 +206,7 @@ def attention_forward(
         TypeError, ValueError: a dtype, head dim or length that these kernels do not take.
     """
     look = signature(q, k, v, seed, out, *captures)
-    key = (id(program), dropout_p, look, tuple(map(number, params)), tile, allows_tf32(), configs.FEW_KEYS)
+    key = (id(program), dropout_p, look, tuple(map(number, params)), tile, allows_tf32(), configs.FEW_SCORES)
     fill = _plans.get(key)
     if fill is None:
         fill = _plans[key] = plan(q, k, v, captures, program, dropout_p, out, tile)
@@ -264,7 +264,7 @@ def plan(
     check(q, k, v)
     B, H, N, D = q.shape
     M, DV = k.shape[2], v.shape[3]
-    found = parts(program, (), q.dtype == torch.bfloat16, M >= configs.FEW_KEYS)
+    found = parts(program, (), q.dtype == torch.bfloat16, B * H * N * M >= configs.FEW_SCORES)
     masked = found.masked
     full = found.full if found.kv_bounds is not None else masked
     (D0, D1), (V0, V1) = split(D, q.dtype), split(DV, q.dtype)

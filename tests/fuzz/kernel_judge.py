@@ -29,7 +29,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 import triton_cases
-from key_mask_cases import few_keys
+from key_mask_cases import few_scores
 from triton_cases import OUTPUTS, Case, Operands, Shape
 
 from fuzz.inputs import make
@@ -116,7 +116,7 @@ def judge(s: Scored, device: str) -> list[str]:
     terms: list[list[float]] = []
     wrong: list[str] = []
     for i in range(DRAWS):
-        with few_keys(1):  # padding is skipped at any length
+        with few_scores(1):  # padding is skipped at any length
             draws.append(_results(s, device, s.seed + i))
         if i:  # only where one draw has said no
             terms = terms or [_uncancelled(s, device, s.seed)]

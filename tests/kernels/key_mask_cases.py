@@ -112,13 +112,13 @@ def case_of(p: Padded) -> tuple[Case, torch.Tensor]:
 
 
 @contextmanager
-def few_keys(number: int) -> Iterator[None]:
-    """`configs.FEW_KEYS` for calls inside; each case has a program of its own, so no older plan serves it."""
-    before, configs.FEW_KEYS = configs.FEW_KEYS, number
+def few_scores(number: int) -> Iterator[None]:
+    """`configs.FEW_SCORES` for calls inside; each case has a program of its own, so no older plan serves it."""
+    before, configs.FEW_SCORES = configs.FEW_SCORES, number
     try:
         yield
     finally:
-        configs.FEW_KEYS = before
+        configs.FEW_SCORES = before
 
 
 def compare(p: Padded, device: str = "cpu") -> list[str]:
@@ -131,7 +131,7 @@ def compare(p: Padded, device: str = "cpu") -> list[str]:
     keep = triton_cases.keep_mask(5, p.shape, p.dropout).to(device) if p.dropout else None
     exact = triton_cases.dense(x, case, captures, torch.float64, p.dropout, keep)
     eager = triton_cases.dense(x, case, captures, dtype, p.dropout, keep)
-    with few_keys(1):
+    with few_scores(1):
         ours = triton_cases.fused(x, case, captures, p.dropout, torch.tensor(5, device=device))
     wrong = []
     for what, o, r, e in zip(triton_cases.OUTPUTS, ours, eager, exact, strict=False):
@@ -146,7 +146,7 @@ def poisoned(p: Padded, device: str = "cpu", block: int = 64) -> list[str]:
     case, keep = case_of(p)
     x = triton_cases.operands(p.shape, getattr(torch, p.dtype), device)
     captures = [c.to(device) for c in case.captures]
-    with few_keys(1):
+    with few_scores(1):
         clean = triton_cases.fused(x, case, captures)
         hidden = 0
         for b in range(2):
@@ -173,11 +173,11 @@ def ranges(p: Padded, block: int) -> tuple[list[list[int]], list[list[int]]]:
 
 
 def does_not_ask(p: Padded) -> list[str]:
-    """A poisoned key reaches the output of a call with fewer keys than `configs.FEW_KEYS`."""
+    """A poisoned key reaches the output of a call with fewer scores than `configs.FEW_SCORES`."""
     case, keep = case_of(p)
     x = triton_cases.operands(p.shape, getattr(torch, p.dtype), "cpu")
     x.v[~keep.any(1, keepdim=True).expand(-1, p.kv_heads, -1)] = math.nan
-    with few_keys(p.m + 1):
+    with few_scores(2**62):
         out = triton_cases.fused(x, case, case.captures)[0]
     return [] if out.isnan().any() else ["hidden keys were not read"]
 
