@@ -110,7 +110,9 @@ class Counter(TorchDispatchMode):
 
 
 def _by_hand(node: _Node) -> bool:
-    """exp(x) / sum(exp(x)): a quotient whose divisor is a sum of the dividend."""
+    """exp(x) / sum(exp(x)): a quotient whose divisor is a sum of the dividend; or exp(x - logsumexp(x))."""
+    if node.op == "exp":
+        return node.inputs[0].op in ("sub", "rsub") and any(i.op == "logsumexp" for i in node.inputs[0].inputs)
     if node.op not in ("div", "div_") or len(node.inputs) != 2:
         return False
     over, under = node.inputs
@@ -145,9 +147,7 @@ def _near(numel: int, wanted: int) -> bool:
 
 
 def _comes_from_product(softmax: _Node) -> bool:
-    todo, seen = list(softmax.inputs[:1]), set()
-    if softmax.op.startswith("div"):
-        todo = [softmax.inputs[0]]
+    todo, seen = list(softmax.inputs[:1]), set()  # of a quotient, the dividend
     while todo and len(seen) < REACH:
         node = todo.pop()
         if id(node) in seen:
