@@ -83,7 +83,7 @@ def one_minus_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool = F
 @spelling(t(2, 3, 63, 16), t(2, 3, 129, 16), t(2, 3, 129, 16), dynamic=False)
 def written_by_slices(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     """A mask of zeros into which regions are written."""
-    mask = torch.zeros(q.shape[-2], k.shape[-2])
+    mask = torch.zeros(q.shape[-2], k.shape[-2], device=q.device)
     mask[:, 100:] = float("-inf")
     mask[:, 7] = 0.5 if twin else 0.25
     mask[7, 5:] = float("-inf")
