@@ -1,1 +1,1 @@
-"""Every architecture of the installed transformers, small, with random weights and eager attention: what is fused, and how exact."""
+"""Every architecture of the installed transformers, small, with random weights, eager attention: what is fused, how exactly."""

@@ -120,7 +120,7 @@ def mask(c: Context) -> Tensor | None:
     if not c.padded:
         return None
     given = [c.made[name] for name in ("input_ids", "inputs", "input_values", "input_features") if name in c.made]
-    if not given or given[0].dim() > 3:
+    if not given or given[0].dim() > 3 or ("input_values" in c.made and given[0].dim() == 3):
         return None
     text = not given[0].is_floating_point()
     length = given[0].shape[2 if given[0].dim() == 3 and c.variant.sound == "mels first" else 1]

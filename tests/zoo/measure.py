@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
 import sys
 import time
@@ -184,11 +185,10 @@ def _measure(model_type: str, run: str, inner: str, seed: int) -> Record:
 
 
 def _accepted(model: nn.Module, model_type: str, padded: bool, note: Record) -> tuple[Any, Inputs, Counter]:
-    """The first inputs that the model takes."""
+    """The first inputs that the model takes; without padding, if it takes none with it."""
     first: Exception | None = None
-    for variant, inputs in candidates(model, model_type, padded):
-        if padded and "attention_mask" not in inputs:
-            note["mask"] = False
+    for variant, inputs in itertools.chain(*(candidates(model, model_type, p) for p in ((True, False) if padded else (False,)))):
+        note["masked"] = padded and "attention_mask" in inputs
         counter = Counter()
         try:
             with torch.no_grad(), counter:
@@ -272,7 +272,8 @@ def _judge(fused: checks.Result, eager: checks.Result, exact: checks.Result, sla
         if share > shares[kind]:
             shares[kind] = share
             worst[kind] = (
-                f"{name}: error {checks.error(x, t):.2e}, eager's {checks.error(e, t):.2e}, largest {top:.1e}, fused - eager {checks.error(x, e):.1e}"
+                f"{name}: error {checks.error(x, t):.2e}, eager's {checks.error(e, t):.2e}, "
+                f"largest {top:.1e}, fused - eager {checks.error(x, e):.1e}"
             )
     finite = all(bool(x.isfinite().all()) for _, x in eager.named() if x is not None)
     return {

@@ -107,6 +107,7 @@ def main() -> int:
 
     import torch
     import torch._dynamo
+
     from zoo import measure
 
     torch.set_num_threads(1)
@@ -135,8 +136,8 @@ def _line(r: dict[str, Any]) -> str:
         return f"{r['name']:<34} {r['run']:<7} {r['seconds']:>5} s  {r['state']}: {r.get('error')} ({r.get('at')})"
     refused = "; ".join(f"{n} x {reason} [{where}]" for reason, _, where, n in r["refused"])
     return (
-        f"{r['name']:<34} {r['run']:<7} {r['seconds']:>5} s  {r['fused']} of {r['sites']} left {r.get('left', '-')} {r['variant']}"
-        f"  {r['share']:.2f} {r['gradient_share']:.2f}  {refused}"
+        f"{r['name']:<34} {r['run']:<7} {r['seconds']:>5} s  {r['fused']} of {r['sites']} left {r.get('left', '-')} "
+        f"{r['variant']}  {r['share']:.2f} {r['gradient_share']:.2f}  {refused}"
     )
 
 

@@ -15,12 +15,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import re
 from collections.abc import Iterator
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+from .rules import COUNTS, DEPTH, DEPTHS, DROPOUT, EXPERT, HEAD_DIM, HEADS, INDICES, LEFT_OUT, MODEL_DIM, TOKEN, WIDTH
 from .traits import AS_DICTS, CONFIG_OVERRIDES, DEFAULTS, REPLACED
 
 __all__ = ["default_config", "dropout_off", "small_config"]
@@ -31,61 +31,10 @@ VOCABULARY = 320
 LAYERS = 2
 MIN_HEAD = 8
 
-_NOT_FIELDS = {"architectures", "id2label", "label2id", "transformers_version", "dtype", "problem_type", "per_layer_config"}
-
-DEPTH = re.compile(
-    r"^(num_(hidden_|encoder_|decoder_|block_|attention_|transformer_|conformer_)?layers|(n|encoder|decoder|e|d)_layers?|n_layers?|depth"
-    r"|.*num_hidden_layers|.*_num_layers|num_(encoder|decoder|text|cross|shared|resampler)_layers"
-    r"|(speech|t2u|text|x|l|r|predictor|detector|decoder|encoder|resampler|perceiver|conf)_?(encoder|decoder)?_?(num_hidden_)?(layers|depth)"
-    r"|(encoder|decoder|speech_encoder|text_encoder|speech_decoder|vision|audio|text|predictor|detector)_(layers|depth)"
-    r"|.*_encoder_layers|.*_decoder_layers|num_.*_hidden_layers|depth_encoder|depth_decoder)$"
-)
-NOT_DEPTH = {"num_feat_extract_layers", "num_hidden_groups"}
-DEPTHS = re.compile(
-    r"^(.*depths|depth|blocks_per_stage|num_blocks|layers_per_stage|encoder_blocks|stage_num_blocks|stage_numb_of_layers)$"
-)
-WIDTH = re.compile(
-    r"(^|_)(d_model|n_embd|d_ff|d_kv|n_inner|d_head|d_inner|d_embed|emb_dim|hidden_size|embed_dim|dim|dims|dim_head|channels?|features?|width"
-    r"|rank|units|intermediate_size|hidden_sizes|hidden_dim|embedding_size|ffn_size|inner_size|embed_dims|output_size|hidden_size_global"
-    r"|channel_list|embed_dim_per_stage|latent_size|d_latents|channel_size|query_pre_attn_scalar|hidden_features)$"
-    r"|(^|_)(hidden|embed|embedding|ffn|proj|projection|inner|intermediate|model|attention|entity_emb|bottleneck|d)_(size|dim)s?(_|$)"
-)
-NOT_WIDTH = re.compile(
-    r"base_channels|latent_channels|vocab|patch_size|image_size|codebook_size|^(in|num|input|image)_channels$|num_|quantiz|n_group"
-)
-COUNTS: dict[re.Pattern[str], int] = {
-    re.compile(r"^(num|n)_(local_|routed_|shared_)?experts$|^moe_num_experts$|^num_local_experts$"): 4,
-    re.compile(
-        r"^(num_)?experts_per_tok(oken)?$|^num_experts_per_tok$|^moe_(k|topk|top_k)$|^(moe_)?top_?k$|^num_selected_experts$"
-    ): 2,
-    re.compile(r"^n_shared_experts$|^n_group$|^topk_group$|^num_expert_group$|^first_k_dense_replace$"): 1,
-    re.compile(r"^num_kv_shared_layers$|^zero_expert_num$"): 2,
-    re.compile(r"^n_filters$|^num_filters$"): 8,
-    re.compile(r"^(mamba_)?chunk_size$"): 16,
-    re.compile(r"^encoder_hash_byte_group_vocab$"): 500,
-    re.compile(
-        r"^(max_position_embeddings|n_positions|max_seq_len|max_seq_length|max_sequence_length|seq_length|max_length)$"
-    ): 512,
-    re.compile(r"^(max_(source|target)_positions)$"): 128,
-    re.compile(r"^(num_queries|num_query_tokens|num_object_queries|num_latents|resampler_n_latents)$"): 7,
-    re.compile(r"^(sliding_window|local_attention|attention_window_size|attention_chunk_size|window_attention_size)$"): 16,
-}
-INDICES = re.compile(
-    r"(out_indices|_indexes|_indices|_layer_ids|extract_layers|hook_ids|_idxs|_index_list|^out_layers|fusion_layers)$"
-)
-HEADS = re.compile(r"(^|_)(n_heads?|num_heads|num_attention_heads|attention_heads|num_key_value_heads|.*_attention_heads)(_|$)")
-HEAD_DIM = re.compile(r"(^|_)(head_dim|d_kv|d_head|dim_head|attention_head_size|kv_channels)$")
-MODEL_DIM = re.compile(
-    r"^(hidden_size|d_model|n_embd|embed_dim|dim|hidden_dim|hidden_sizes|embed_dims?|emb_dim|embed_dim_per_stage|decoder_hidden_size"
-    r"|decoder_embed_dim|encoder_hidden_dim|decoder_hidden_dim)$"
-)
-DROPOUT = re.compile(r"drop|mask_time_prob|mask_feature_prob|apply_spec_augment|router_jitter|layerdrop|mask_ratio")
-TOKEN = re.compile(r"(token_id|token_index|tokens_id|_index|_token)$")
-
 
 def default_config(model_type: str) -> PretrainedConfig:
     """The configuration that `model_type` has by default; where it has none, one made of the parts in `traits.DEFAULTS`."""
-    parts = {name: default_config(part) for name, part in DEFAULTS.get(model_type, {}).items()}
+    parts: dict[str, Any] = {name: default_config(part) for name, part in DEFAULTS.get(model_type, {}).items()}
     if model_type in AS_DICTS:
         parts = {name: part.to_dict() for name, part in parts.items()}
     return CONFIG_MAPPING[model_type](**parts)
@@ -136,7 +85,7 @@ def _small(config: PretrainedConfig, divisor: int, own: Fields) -> PretrainedCon
 
 
 def _fields(config: PretrainedConfig) -> Fields:
-    names = [f.name for f in dataclasses.fields(config) if f.init and f.name not in _NOT_FIELDS]
+    names = [f.name for f in dataclasses.fields(config) if f.init and f.name not in LEFT_OUT]
     names += [name for name in config.sub_configs if name not in names]
     return {name: vars(config).get(name) for name in names}
 
@@ -152,7 +101,7 @@ def _field(name: str, value: Any, divisor: int, layers: int, kinds: list[int]) -
         return type(value)(_list(name, list(value), divisor, layers, kinds))
     if not isinstance(value, int):
         return value
-    if name not in NOT_DEPTH and DEPTH.match(name):
+    if DEPTH.match(name):
         return min(value, len(kinds) if value == layers else LAYERS)
     for pattern, most in COUNTS.items():
         if pattern.match(name):
@@ -195,10 +144,7 @@ def _list(name: str, value: list[Any], divisor: int, layers: int, kinds: list[in
 
 
 def _is_width(name: str) -> bool:
-    return bool(WIDTH.search(name)) and not NOT_WIDTH.search(name)
-
-
-EXPERT = re.compile(r"intermediate_size|ffn_dim|ffn_hidden_size")
+    return bool(WIDTH.match(name))
 
 
 def _divided(value: int, divisor: int) -> int:
@@ -258,7 +204,7 @@ def _even_heads(config: PretrainedConfig) -> None:
     heads = [k for k, v in fields.items() if HEADS.search(k) and isinstance(v, int)]
     width = next((v for k, v in fields.items() if MODEL_DIM.match(k) and isinstance(v, int)), 0)
     odd = len({fields[k] for k in heads}) == 1 and width % fields[heads[0]] == 0 and width // fields[heads[0]] % 32
-    if odd and width % 64 == 0 and not any(HEAD_DIM.search(k) and v for k, v in fields.items()):
+    if odd and width % 64 == 0 and not any(HEAD_DIM.match(k) and v for k, v in fields.items()):
         for k in heads:
             setattr(config, k, width // 64)
 
@@ -268,9 +214,7 @@ def _head_widths(config: PretrainedConfig) -> Iterator[int]:
     for value in fields.values():
         if isinstance(value, PretrainedConfig):
             yield from _head_widths(value)
-    explicit = [
-        v for k, v in fields.items() if HEAD_DIM.search(k) and not k.startswith("mamba") and isinstance(v, int) and v >= MIN_HEAD
-    ]
+    explicit = [v for k, v in fields.items() if HEAD_DIM.match(k) and isinstance(v, int) and v >= MIN_HEAD]
     yield from explicit
     heads = [_numbers(v) for k, v in fields.items() if HEADS.search(k) and "key_value" not in k and not k.startswith("linear")]
     sizes = [_numbers(v) for k, v in fields.items() if MODEL_DIM.match(k)]
@@ -309,7 +253,7 @@ def _pictures(fields: Fields) -> Fields:
 
 def _tokens(fields: Fields) -> Fields:
     """Special tokens beyond the small vocabulary get numbers of their own below its end."""
-    words = min((v for v in _vocabularies(fields)), default=VOCABULARY)
+    words = min(_vocabularies(fields), default=VOCABULARY)
     used: dict[int, int] = {}
     renamed: Fields = {}
     for name, value in fields.items():

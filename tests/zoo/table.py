@@ -23,15 +23,16 @@ RUNS = ("eval", "padded", "train")
 HEAD = """\
 # The zoo
 
-Every architecture of transformers {version} that can be built from a configuration, made small (see `tests/zoo/shrink.py`), with
-random weights and `attn_implementation="eager"`, compiled with `fusion_pass.make_backend(inner="eager", when="always")` and held to
-eager mode in float64. `make zoo` makes this table; a line that changes is for review.
+Every architecture of transformers {version} that can be built from a configuration, made small (see `tests/zoo/shrink.py`),
+with random weights and `attn_implementation="eager"`, compiled with `fusion_pass.make_backend(inner="eager", when="always")`
+and held to eager mode in float64. `make zoo` makes this table; a line that changes is for review.
 
 - **sites**: attentions that run, counted without the plugin: softmaxes between two products of matrices (`tests/zoo/sites.py`).
-- **fused**: how many of them ran as one op. It can be more than the sites where one softmax feeds several products.
-- **error**: the largest error of an output, as a share of what the rule of `tests/checks.py` allows (twice the error of eager mode in
-  the same dtype, and a rounding): 1.0 is the bound. Of inference, then of training with padding and that of all gradients.
-- **refused**: what the plugin says, and the line of the softmax.
+- **fused**: how many of them ran as one op.
+- **error**: the largest error of an output, as a share of what the rule of `tests/checks.py` allows (twice the error of eager
+  mode in the same dtype, and a rounding): 1.0 is the bound. Of inference, of training with padding, and of all its gradients.
+- **refused**: what the plugin says, and the line of the softmax. What is refused and is no site (a router, a gate) is listed
+  too. "Not seen" are sites that the plugin did not take for attention at all, or that torch.compile left out of its graphs.
 
 {totals}
 """
@@ -91,7 +92,7 @@ def _notes(runs: dict[str, Record]) -> str:
             notes[f"{record['run']}: {_short(record)}"] = None
             continue
         for reason, _, where, count in record["refused"]:
-            notes[f"{count} x {reason} ({where})"] = None
+            notes[f"{count} x {reason} ({where}{'' if where in record['lines'] else ', no site'})"] = None
         missing = unmentioned(record)
         if missing:
             lines = ", ".join(record["lines"])
@@ -100,6 +101,8 @@ def _notes(runs: dict[str, Record]) -> str:
             notes[record["variant"]] = None
         if record.get("sdpa"):
             notes[f"calls SDPA itself: {', '.join(record['sdpa'])}"] = None
+        if not record["finite"]:
+            notes["eager mode gives NaN or inf"] = None
         if record["basis"] != "float64":
             notes["held to eager mode in float32: it has no float64"] = None
     return "; ".join(notes).replace("|", "\\|")
@@ -107,7 +110,7 @@ def _notes(runs: dict[str, Record]) -> str:
 
 def unmentioned(record: Record) -> int:
     """Sites that were neither fused nor refused: the plugin did not know them for attention, or no graph held them."""
-    return max(0, record["sites"] - record["fused"] - sum(n for *_, n in record["refused"]))
+    return max(0, record["sites"] - record["fused"] - sum(n for *_, where, n in record["refused"] if where in record["lines"]))
 
 
 def _totals(records: Iterable[str], ran: dict[str, Any], with_sites: dict[str, dict[str, Record]]) -> str:
@@ -126,7 +129,8 @@ def _totals(records: Iterable[str], ran: dict[str, Any], with_sites: dict[str, d
     for runs in with_sites.values():
         record = runs.get("eval", {"state": ""})
         if record["state"] == "done":
-            reasons.update({reason: n for reason, _, _, n in record["refused"]})
+            for reason, _, where, n in record["refused"]:
+                reasons[reason] += n if where in record["lines"] else 0
             reasons["not seen by the plugin"] += unmentioned(record)
     lines += ["", "| sites not fused in inference | reason |", "|---|---|"]
     return "\n".join(lines + [f"| {n} | {reason} |" for reason, n in reasons.most_common() if n])

@@ -146,6 +146,7 @@ def test_a_row() -> None:
         "share": 0.31,
         "gradient_share": 0.0,
         "basis": "float64",
+        "finite": True,
         "lines": {"a.py:1": 3},
     }
     runs = {

@@ -134,7 +134,7 @@ CONFIG_OVERRIDES: dict[str, dict[str, Any]] = {
 INPUTS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "blip_2_qformer": {"encoder_hidden_states": lambda c: c.randn(2, 11, c.config.encoder_hidden_size)},
     "clap": {"input_features": lambda c: c.randn(2, 1, 1024, 64), "is_longer": lambda c: torch.tensor([[True], [False]])},
-    "clvp": {"divisor": 2, "input_features": lambda c: c.randn(2, c.find("feature_size"), 32)},
+    "clvp": {"input_features": lambda c: c.randn(2, c.find("feature_size"), 32)},
     "decision_transformer": {
         "states": lambda c: c.randn(2, 9, c.config.state_dim),
         "actions": lambda c: c.randn(2, 9, c.config.act_dim),
@@ -143,7 +143,7 @@ INPUTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "timesteps": lambda c: torch.arange(9).expand(2, 9),
         "attention_mask": lambda c: None,
     },
-    "depth_pro": {"intermediate_hook_ids": [1, 0], "pixel_values": lambda c: c.randn(2, 3, 256, 256)},
+    "depth_pro": {"pixel_values": lambda c: c.randn(2, 3, 256, 256)},
     "fun_asr_nano_encoder": {
         "input_features": lambda c: c.randn(2, 24, 560),
         "input_features_mask": lambda c: torch.ones(2, 24, dtype=torch.int64),
