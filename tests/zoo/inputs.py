@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
-from transformers.modeling_outputs import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from .traits import INPUTS, NEVER
 
@@ -109,7 +109,9 @@ def words(c: Context) -> int:
 
 
 def tokens(c: Context, length: int | None = None) -> Tensor:
-    return c.randint(2, words(c), BATCH, length or c.length)
+    places = [vars(p).get("max_position_embeddings") for p in c.parts]
+    longest = min((n for n in places if isinstance(n, int) and n >= 16), default=c.length)
+    return c.randint(2, words(c), BATCH, min(length or c.length, longest))
 
 
 def mask(c: Context) -> Tensor | None:
@@ -351,7 +353,7 @@ def _place(c: Context, what: str, sources: tuple[str, ...]) -> None:
 def _rows(out: Any) -> int:
     """How many feature vectors an output holds."""
     if isinstance(out, ModelOutput):
-        out = getattr(out, "pooler_output", None) if getattr(out, "pooler_output", None) is not None else out.last_hidden_state
+        out = out["pooler_output"] if out.get("pooler_output") is not None else out["last_hidden_state"]
     if isinstance(out, (list, tuple)):
         return sum(_rows(x) for x in out)
     return out.numel() // out.shape[-1]

@@ -77,6 +77,7 @@ def _small(config: PretrainedConfig, divisor: int, own: Fields) -> PretrainedCon
     changed = _pictures(changed) | _tokens(changed) | _rope_sections(config, changed)
     changed |= {name: value for name, value in own.items() if name != "divisor" and not isinstance(value, dict)}
     changed |= _stages(config, kinds)
+    _joined(changed)
     small = type(config)(**changed)
     for name, value in vars(config).items():  # what a whole has given its part beyond the part's own fields
         if name not in vars(small) and not name.startswith("_"):
@@ -169,6 +170,15 @@ def _layers(fields: Fields) -> tuple[int, list[int]]:
     least = max(LAYERS, len(fields.get("_out_indices") or ()))
     kept += [i for i in range(layers) if i not in kept][: max(0, min(least, layers) - len(kept))]
     return layers, sorted(kept) or list(range(LAYERS))
+
+
+def _joined(fields: Fields) -> None:
+    """What sees gives vectors as wide as those of what reads; the defaults of some do not fit together."""
+    eye, reader = fields.get("vision_config"), fields.get("text_config")
+    if isinstance(eye, PretrainedConfig) and isinstance(reader, PretrainedConfig) and "hidden_size" in vars(reader):
+        out = "out_hidden_size" if "out_hidden_size" in vars(eye) else "hidden_size"
+        if out == "out_hidden_size" or {"embed_dim", "depth"} <= vars(eye).keys():
+            setattr(eye, out, vars(reader)["hidden_size"])
 
 
 def _stages(config: PretrainedConfig, kinds: list[int]) -> Fields:

@@ -166,7 +166,8 @@ INPUTS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "musicgen": {"decoder_input_ids": lambda c: c.randint(2, 100, 8, 23), "input_values": lambda c: None},
     "musicgen_melody": {"decoder_input_ids": lambda c: c.randint(2, 100, 8, 23), "input_features": lambda c: None},
     "neucodec": {"input_features": lambda c: c.randn(2, 49, 20), "input_features_mask": lambda c: None},
+    "perceiver": {"inputs": lambda c: c.randn(2, 37, c.config.d_model)},
     "dia": {"decoder_input_ids": lambda c: c.randint(2, 100, 2, 23, 9)},
     "bros": {"bbox": lambda c: torch.rand(2, 37, 4, generator=c.generator)},
 }
-NEVER: dict[str, set[str]] = {}
+NEVER: dict[str, set[str]] = {"llava": {"image_sizes"}}
