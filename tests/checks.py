@@ -77,6 +77,11 @@ class Watch(TorchDispatchMode):
 COPIES = ("to_copy", "copy", "masked_fill", "where", "full", "scalar_tensor", "empty", "empty_like", "new_empty", "empty_strided")
 
 
+def _wide(x: Any) -> Any:
+    """An argument of an operation, as the same operation in fp32 gets it: some name the dtype beside the tensor."""
+    return x.float() if _is_half(x) else torch.float32 if x is torch.float16 else x
+
+
 class Overflow(TorchDispatchMode):
     """Sees whether arithmetic in float16 makes an infinity or NaN where the same operation in fp32 has a number.
 
@@ -88,7 +93,7 @@ class Overflow(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         checked = not self.seen and not func.is_view and func.overloadpacket.__name__.strip("_") not in COPIES
-        wide = tree_map(lambda x: x.float() if _is_half(x) else x, (args, kwargs)) if checked else ((), {})
+        wide = tree_map(_wide, (args, kwargs)) if checked else ((), {})
         out = func(*args, **kwargs)
         halves = [_is_half(x) and not bool(x.isfinite().all()) for x in tree_leaves(out)]
         if checked and any(halves) and torch.Tag.nondeterministic_seeded not in func.tags:

@@ -46,6 +46,15 @@ def bias_multiplied(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, twin: bool = 
     return (q @ k.mT * (bias + bias if twin else bias)).softmax(-1) @ v
 
 
+@spelling(*qkv(n=63, m=129), t(3, 63, 129), t(63, 129), dynamic=False)
+def bias_scaled_in_place(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, factor: Tensor, twin: bool = False) -> Tensor:
+    """Funnel: what stood in the bias before is gone when the op reads it."""
+    summed = bias.cumsum(-1) * 0.25
+    summed *= factor
+    summed.add_(factor if twin else 0.5)
+    return biased(q, k, v, summed.add_(factor))
+
+
 @spelling(*qkv(n=63, m=129), t(3, 63, 129), t(2, 1, 1, 129))
 def bias_twice(q: Tensor, k: Tensor, v: Tensor, first: Tensor, second: Tensor, twin: bool = False) -> Tensor:
     return (q @ k.mT * 0.25 + first + (0 if twin else second)).softmax(-1) @ v
