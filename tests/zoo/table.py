@@ -28,7 +28,7 @@ with random weights and `attn_implementation="eager"`, compiled with `fusion_pas
 and held to eager mode in float64. `make zoo` makes this table; a line that changes is for review.
 
 - **sites**: attentions that run, counted without the plugin: softmaxes between two products of matrices (`tests/zoo/sites.py`).
-- **fused**: how many of them ran as one op.
+- **fused**: how many of them ran as one op; more than the sites where a call of the library's own SDPA is fused too.
 - **error**: the largest error of an output, as a share of what the rule of `tests/checks.py` allows (twice the error of eager
   mode in the same dtype, and a rounding): 1.0 is the bound. Of inference, of training with padding, and of all its gradients.
 - **refused**: what the plugin says, and the line of the softmax. What is refused and is no site (a router, a gate) is listed

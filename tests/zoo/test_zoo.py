@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 from zoo.inputs import candidates  # noqa: E402
 from zoo.measure import build, measure  # noqa: E402
+from zoo.run import names  # noqa: E402
 from zoo.shrink import default_config, small_config  # noqa: E402
 from zoo.sites import Counter  # noqa: E402
 from zoo.table import row, table  # noqa: E402
@@ -169,3 +170,20 @@ def test_the_page_says_what_is_so(name: str) -> None:
     written = next(line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {name} |"))
     cells, wanted = (line.split(" | ") for line in (row(name, runs), written))
     assert [c for i, c in enumerate(cells) if i != 3] == [c for i, c in enumerate(wanted) if i != 3]
+
+
+@pytest.mark.zoo
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["eval", "train"])
+@pytest.mark.parametrize("name", names())
+def test_an_architecture(name: str, run: str) -> None:
+    """One line of the page, measured again: no error beyond the rule, and what the page says fused is fused.
+
+    `make zoo` is the way to measure all; this is for one: ``pytest tests/zoo -m zoo -k "llama and eval"``.
+    """
+    record = measure(name, run)
+    if record["state"] == "done":
+        assert record["share"] <= 1 and record["gradient_share"] <= 1, record["worst"]
+    written = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {name} |")]
+    fused = int(written[0].split(" | ")[2]) if written and written[0].count(" | ") >= 4 else 0
+    assert record.get("fused", 0) >= fused or run == "train", f"{record.get('fused')} fused, {fused} on the page"
