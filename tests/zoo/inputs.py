@@ -245,7 +245,7 @@ MAKERS: dict[str, Maker] = {
     "audio_mel": mels,
     "input_features_mask": mels_mask,
     "feature_attention_mask": mels_mask,
-    "audio_mel_mask": lambda c: torch.ones(BATCH, 96, dtype=torch.bool),
+    "audio_mel_mask": lambda c: torch.zeros(BATCH, 96, dtype=torch.bool),
     "input_values": wave,
     "past_values": series,
     "past_time_features": series_time,
