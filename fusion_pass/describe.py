@@ -25,7 +25,7 @@ from .float16_masks import rounded_sum
 from .indexing import Axes, expr_of
 from .kinds import sym
 from .site import Reason, Refused
-from .tape import Record, Shadow, Value, storage_of
+from .tape import Record, Shadow, Value
 from .views import source_index
 
 __all__ = ["Describer", "has_score", "sym", "symbols_of", "unrounded"]
@@ -161,15 +161,9 @@ class Describer:
         if rule is None or value.output:
             return self.leaf(value, index)
         node = rule(self, record, index, value)
-        if node is None or (record.mutates and self._overwritten(node, value)):
+        if node is None:
             return self.leaf(value, index)
         return kinds.cast(node, value.dtype, rounds=not has_score(node))
-
-    def _overwritten(self, node: Node, value: Value) -> bool:
-        """Whether `node`, an element that was written into `value`, reads what stood there before: it can be read no more."""
-        storage = storage_of(value.tensor)
-        read = [self.shadow.values[n.attr[0]] for n in postorder(node) if n.op == "value"]  # pyright: ignore
-        return any(storage_of(v.tensor) == storage for v in read)
 
     # ------------------------------------------------------------ parts that rules use
 

@@ -16,7 +16,7 @@ from fusion_kernels import choice
 from .indexing import expr_of
 from .match import Match
 from .scores import Scores
-from .site import Reason, Refused
+from .site import Reason, Refused, overwritten
 from .tape import Shadow, Value
 
 __all__ = ["MAX_HEAD_DIM", "check", "profitable"]
@@ -72,8 +72,7 @@ def _check_writes(shadow: Shadow, match: Match, scores: Scores) -> None:
     read: Iterable[Value] = [match.q.value, match.k.value, match.v.value, *(c for c in scores.captures if isinstance(c, Value))]
     for value in read:
         if shadow.written_between(value, value.seq, end):
-            seen = f"a {tuple(value.shape)} tensor is written in place before the attention is done with it"
-            raise Refused(Reason.MUTATION, seen, "inputs of the attention that nothing writes before its end")
+            raise overwritten(value.shape)
 
 
 def profitable(match: Match, kernel: str, device: torch.device) -> str | None:

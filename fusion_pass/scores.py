@@ -18,7 +18,7 @@ from fusion_kernels.program import Capture, Node, Program, apply, const, postord
 from .describe import INDEXED, REDUCTIONS, has_score, symbols_of
 from .indexing import Div, Mod, expr_of
 from .match import Match
-from .site import Reason, Refused
+from .site import Reason, Refused, overwritten
 from .tape import Value
 
 __all__ = ["Number", "Scores", "scores"]
@@ -146,25 +146,42 @@ class _Writer:
         if not any(n.op == "number" or n.op in INDEXED or n.op in REDUCTIONS for n in postorder(node)):
             return apply(node.op, *map(self.write, node.args))  # made of positions alone
         reads = symbols_of(node)
-        if self.m.axis in reads and self.m.query in reads and node.args and node.op not in REDUCTIONS and node.op != "dropout":
+        pointwise = node.args and node.op not in REDUCTIONS and node.op != "dropout"
+        table = pointwise and self.m.axis in reads and self.m.query in reads  # better made from its parts, if they are there
+        if table and not (self._spoiled(node) and self._holders(node)):
             return apply(node.op, *map(self.write, node.args))
         loaded = self._load(node)
         if loaded is not None:
             return loaded
-        if not node.args or node.op in REDUCTIONS or node.op == "dropout":
+        if not pointwise:
+            if (held := self._held(node)) and not self._holders(node):
+                raise overwritten(held[0][0].shape)
             raise Refused(Reason.NOT_EXPRESSIBLE, f"a part of the score ({node.op}) that is in no tensor", "pointwise parts")
         return apply(node.op, *map(self.write, node.args))
 
     def _reads_score(self, node: Node) -> bool:
         return any(n is self.m.dot for n in postorder(node))
 
-    def _load(self, node: Node) -> Node | None:
-        """Read the part from the smallest tensor that holds it."""
+    def _held(self, node: Node) -> list[tuple[Value, tuple[sympy.Expr, ...]]]:
+        """The tensors that hold the part where they are made, and the index."""
         d = self.m.describer
         held = list(d.held.get(node, ()))
         if node.op == "value":
             held.append((d.shadow.values[node.attr[0]], node.attr[1]))  # pyright: ignore
-        held = [(v, i) for v, i in held if len(v.shape) <= MAX_RANK]
+        return [(v, i) for v, i in held if len(v.shape) <= MAX_RANK]
+
+    def _holders(self, node: Node) -> list[tuple[Value, tuple[sympy.Expr, ...]]]:
+        """Those of them that still hold it where the op reads them."""
+        shadow, end = self.m.describer.shadow, self.m.anchor.product.seq
+        return [(v, i) for v, i in self._held(node) if not shadow.written_between(v, v.seq, end)]
+
+    def _spoiled(self, node: Node) -> bool:
+        """Whether something below is in no tensor any more: it was overwritten by what became of it."""
+        return any(n.op in ("value", "dot") and self._held(n) and not self._holders(n) for n in postorder(node))
+
+    def _load(self, node: Node) -> Node | None:
+        """Read the part from the smallest tensor that holds it."""
+        held = self._holders(node)
         if node.args:  # a tensor that was made larger than what it holds is made again, from its parts
             reads = symbols_of(node)
             held = [(v, i) for v, i in held if {a for e in i for a in self.axes.of(e)} <= reads]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from fusion_kernels.program import Program
 
-__all__ = ["AttentionSite", "MaskFacts", "Operand", "Reason", "Refused", "Site", "Verdict"]
+__all__ = ["AttentionSite", "MaskFacts", "Operand", "Reason", "Refused", "Site", "Verdict", "overwritten"]
 
 
 class Reason(enum.Enum):
@@ -46,6 +47,15 @@ class Refused(Exception):
     def __init__(self, reason: Reason, seen: str, needed: str = "") -> None:
         super().__init__(f"{reason.value}: {seen}" + (f"; needed: {needed}" if needed else ""))
         self.reason, self.seen, self.needed = reason, seen, needed
+
+
+def overwritten(shape: Sequence[Any]) -> Refused:
+    """Of a tensor that the op would read where it no longer holds what the attention read."""
+    return Refused(
+        Reason.MUTATION,
+        f"a {tuple(shape)} tensor is written in place before the attention is done with it",
+        "inputs of the attention that nothing writes before its end",
+    )
 
 
 @dataclass(frozen=True)
