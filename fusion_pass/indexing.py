@@ -22,19 +22,27 @@ __all__ = ["Axes", "Div", "Mod", "expr_of", "merge_index", "same", "whole"]
 
 
 class Div(sympy.Function):
-    """``a // b`` for ``a >= 0, b > 0``, not simplified further."""
+    """``a // b`` for ``a >= 0, b > 0``: a number where both are, else not simplified further."""
 
     nargs = (2,)
     is_integer = True
     is_nonnegative = True
+
+    @classmethod
+    def eval(cls, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
+        return a // b if a.is_Integer and b.is_Integer else None
 
 
 class Mod(sympy.Function):
-    """``a % b`` for ``a >= 0, b > 0``, not simplified further."""
+    """``a % b`` for ``a >= 0, b > 0``: a number where both are, else not simplified further."""
 
     nargs = (2,)
     is_integer = True
     is_nonnegative = True
+
+    @classmethod
+    def eval(cls, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
+        return a % b if a.is_Integer and b.is_Integer else None
 
 
 def expr_of(value: Any) -> sympy.Expr:
