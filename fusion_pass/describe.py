@@ -23,7 +23,7 @@ from fusion_kernels.program import Node, apply, postorder, rebuild
 from . import kinds, pointwise, reductions
 from .float16_masks import rounded_sum
 from .indexing import Axes, expr_of
-from .kinds import sym
+from .kinds import has_score, sym
 from .site import Reason, Refused
 from .tape import Record, Shadow, Value
 from .views import source_index
@@ -34,11 +34,6 @@ Index = Sequence[sympy.Expr]
 MAX_ELEMENTS = 4000  # (value, index) pairs of one site: a 20-op score takes about 100
 
 PRODUCTS = {"bmm.default": 0, "mm.default": 0, "baddbmm.default": 1, "addmm.default": 1}  # op -> position of the first factor
-
-
-def has_score(node: Node) -> bool:
-    """Whether a product of matrices is read below."""
-    return any(n.op == "dot" for n in postorder(node))
 
 
 def symbols_of(node: Node) -> set[sympy.Symbol]:

@@ -6,9 +6,9 @@ import math
 from typing import TYPE_CHECKING
 
 from fusion_kernels.float16_sums import LARGE, rounded
-from fusion_kernels.program import Node, postorder
+from fusion_kernels.program import Node
 
-from .kinds import to_float
+from .kinds import has_score, to_float
 
 if TYPE_CHECKING:
     from .describe import Describer
@@ -18,13 +18,9 @@ __all__ = ["rounded_sum"]
 
 def rounded_sum(d: Describer, total: Node, a: Node, b: Node) -> Node:
     """`total`, a float16 sum or difference of `a` and `b`, rounded where one is a score and the other may be a mask."""
-    scores = [_has_score(d.beyond(x)) for x in (a, b)]
+    scores = [has_score(d.beyond(x)) for x in (a, b)]
     masked = scores.count(True) == 1 and _large(b if scores[0] else a)
     return rounded(to_float(total)) if masked else total
-
-
-def _has_score(node: Node) -> bool:
-    return any(n.op == "dot" for n in postorder(node))
 
 
 def _large(x: Node) -> bool:

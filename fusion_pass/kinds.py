@@ -7,17 +7,22 @@ from typing import Any
 
 import sympy
 import torch
-from fusion_kernels.program import Node, apply, const
+from fusion_kernels.program import Node, apply, const, postorder
 
 from .indexing import expr_of
 
-__all__ = ["cast", "power", "promote", "scalar", "sym", "to_bool", "to_float", "to_int"]
+__all__ = ["cast", "has_score", "power", "promote", "scalar", "sym", "to_bool", "to_float", "to_int"]
 
 
 def sym(expr: Any) -> Node:
     """An integer expression over axes as a node; plain numbers are constants."""
     expr = sympy.expand(expr)
     return const(int(expr)) if expr.is_Integer else Node.make("sym", attr=expr, kind="int")
+
+
+def has_score(node: Node) -> bool:
+    """Whether a product of matrices is read below."""
+    return any(n.op == "dot" for n in postorder(node))
 
 
 # ---------------------------------------------------------------- kinds

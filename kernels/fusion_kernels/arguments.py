@@ -30,7 +30,7 @@ _BUSY = 12  # operations on a score from which on the registers they need count
 def split(dim: int, dtype: torch.dtype) -> tuple[int, int]:
     """A head dim as one or two powers of two of at least 16 that cover it: 72 -> (64, 16), 80 -> (64, 16), 100 -> (128, 0).
 
-    fp32 goes in parts of at most half of 128 or 256: the tensor cores cut off what an fp32 sum of many terms rounds, and the
+    fp32 over 64 goes in two parts: the tensor cores cut off what an fp32 sum of many terms rounds, and the
     parts are added by the ordinary adder (see `device.dot`; one product over D = 128 had four times eager's error).
     """
     whole = max(16, _power(dim))

@@ -52,6 +52,8 @@ def forget() -> Iterator[None]:
         (("12.8", "13.1"), (12, 8), None),  # ... with a driver that may not load what it makes
         (("12.10", "13.1"), (12, 8), "12.10"),  # ten is more than nine
         (("12.8",), (13, 0), None),
+        (("12.9", "13.1"), (0, 0), "12.9"),  # what Triton uses anyway does not wait for a driver that cannot be asked
+        (("12.8", "12.9"), (0, 0), None),
     ],
 )
 def test_the_first_sound_one_is_taken(
