@@ -89,16 +89,19 @@ class MaskWriter:
             return w.line(w.pick(f"s = s + {x}", f"s = {x} + s", f"s = torch.add(s, {x})"))
         p = self.predicate()
         # -1e9 is no fp16 number: torch refuses it as a fill. The lowest number is that of the scores, in their float64 run too.
-        finite = w.pick(f"torch.finfo({w.low}).min", "-1e4", *["-1e9"] * (w.dtype != torch.float16))
+        lowest = f"torch.finfo({w.low}).min"
+        finite = w.pick(lowest, "-1e4", *["-1e9"] * (w.dtype != torch.float16))
         fill = w.pick("float('-inf')", "float('-inf')", "-torch.inf", finite)
+        # A `where` of two numbers makes fp32, torch's default dtype, which has no number as low as the lowest of float64.
+        of_numbers = "torch.finfo(torch.float32).min" if (w.low, fill) == (torch.float64, lowest) else fill
         hidden = w.pick(f"~({p})", f"({p}).logical_not()", f"({p}) == 0")
         forms = (
             [f"s = s.masked_fill({hidden}, {fill})"],
-            [f"s.masked_fill_(~({p}), {fill})"],
+            *[[f"s.masked_fill_(~({p}), {fill})"]] * w.editable,
             [f"s = torch.where({p}, s, {fill})"],
             [f"s = torch.where({p}, s, torch.full([], {fill}, dtype=s.dtype, device=s.device))"],
             [f"s = torch.where(~({p}), {fill}, s)"],
-            [f"s = s + torch.where({p}, 0.0, {fill}).to(s.dtype)"],
+            [f"s = s + torch.where({p}, 0.0, {of_numbers}).to(s.dtype)"],
             [f"bias_ = torch.zeros(n, m, dtype=s.dtype).expand_as(s).masked_fill(~({p}), {fill})", "s = s + bias_"],
             [f"s = s + (1.0 - ({p}).to(s.dtype)) * {finite}"],
             [f"keep_ = ({p}).to(s.dtype)", "s = s * keep_ - 1e4 * (1 - keep_)"],

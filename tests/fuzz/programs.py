@@ -25,6 +25,24 @@ LENGTHS = (1, 2, 3, 5, 7, 16, 17, 31, 33, 63)
 LONG_LENGTHS = (64, 65, 127, 129, 160, 197)
 HEAD_DIMS = (1, 3, 8, 16, 24, 40, 72)
 
+# True where the backward of a function reads what the function gave (tanh' = 1 - tanh^2): torch refuses to run that backward once
+# the scores were edited in place.
+POINTWISE: Mapping[str, bool] = {
+    "torch.sigmoid(s)": True,
+    "s.abs()": False,
+    "torch.tanh(s)": True,
+    "F.gelu(s)": False,
+    "F.silu(s)": False,
+    "-s": False,
+    "s * s * 0.25": False,
+    "F.softplus(s)": False,
+    "F.leaky_relu(s, 0.1)": False,
+    "torch.sin(s)": False,
+    "F.relu(s)": True,
+    "s.square() * 0.1": False,
+}
+CASTS = ("s.float()", "s.to(torch.float32)")  # give s itself where it is fp32 already
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -323,6 +341,12 @@ class Writer(Decisions):
             bias = self.input("bias", self.pick(1, s.lead[0]), self.pick(1, s.n), s.m, scale=0.5)
             self.line(f"s = torch.baddbmm({bias}, q, k.transpose(1, 2), beta={self.pick(1, 0.5)}, alpha={value})")
 
+    @property
+    def editable(self) -> bool:
+        """Whether the scores so far may be edited in place: not where the backward of the function that gave them reads them."""
+        made = [x.removeprefix("s = ") for x in self.lines if x.startswith("s = ")]
+        return not POINTWISE.get([x for x in made if x not in CASTS][-1], False)
+
     def functions(self) -> None:
         """Masks and pointwise functions, up to three of them, in any order."""
         for _ in range(self.pick(0, 1, 1, 2, 3)):
@@ -377,13 +401,11 @@ class Writer(Decisions):
         self.line(self.pick("s = s.clamp(-2.0, 3.0)", "s = s.clamp(min=-1.5)", "s = torch.clamp(s, max=2.5)"))
 
     def _do_pointwise(self) -> None:
-        f = self.pick("torch.sigmoid(s)", "s.abs()", "torch.tanh(s)", "F.gelu(s)", "F.silu(s)", "-s", "s * s * 0.25",
-                      "F.softplus(s)", "F.leaky_relu(s, 0.1)", "torch.sin(s)", "F.relu(s)", "s.square() * 0.1")  # fmt: skip
-        self.line(f"s = {f}")
+        self.line(f"s = {self.pick(*POINTWISE)}")
 
     def _do_float(self) -> None:
         if self.half:
-            self.line(self.pick("s = s.float()", "s = s.to(torch.float32)"))
+            self.line(f"s = {self.pick(*CASTS)}")
             self.wide = True
 
     # ------------------------------------------------------------ softmax, dropout, values
