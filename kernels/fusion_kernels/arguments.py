@@ -127,6 +127,7 @@ class Parts:
     q_bounds: Any
     key_mask: Any  # what `key_ranges` has to ask before the bounds can be called, or None
     fill: float  # of what the bounds skip
+    sink: codegen.Sink | None
 
     @property
     def revisit(self) -> bool:
@@ -141,12 +142,12 @@ class Parts:
 @lru_cache(maxsize=1024)
 def parts(program: Program, wrt: tuple[int, ...], fast_bfloat16: bool, keys: bool = False) -> Parts:
     """keys: whether to skip the keys that tensors hide from every query (padding)."""
-    masked = codegen.phase(program, wrt, fast_bfloat16)
+    masked, sink = codegen.phase(program, wrt, fast_bfloat16), codegen.sink(program, wrt, fast_bfloat16)
     kv_bounds, q_bounds = codegen.bounds(program, "k", keys), codegen.bounds(program, "q", keys)
     if kv_bounds is None and q_bounds is None:
-        return Parts(masked, masked, None, None, None, -math.inf)
+        return Parts(masked, masked, None, None, None, -math.inf, sink)
     full = codegen.phase(tiles.full_program(program, keys), wrt, fast_bfloat16)
-    return Parts(masked, full, kv_bounds, q_bounds, codegen.key_mask(program) if keys else None, tiles.fill(program, keys))
+    return Parts(masked, full, kv_bounds, q_bounds, codegen.key_mask(program) if keys else None, tiles.fill(program, keys), sink)
 
 
 def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

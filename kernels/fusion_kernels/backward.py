@@ -10,7 +10,8 @@ Three kernels: D (and a flag a head, see `delta_rows`), then dk and dv with one 
 queries of every head in the group, then dq with one program a tile of queries. No atomics, so the result is the same every
 time. The gradients of captured tensors are gathered in the dq kernel, where the tile holds d(loss)/d(x): a plain store where
 each (b, h, q, k) has its own element, else sums over the axes of the tile that the load does not read, then one atomic each.
-A table read at (q, k) by several batches or heads gets a kernel of its own, `table_tiles`.
+A table read at (q, k) by several batches or heads gets a kernel of its own, `table_tiles`. So does what a sink reads,
+`sink_rows`: dz = -p_sink D for each row, for a sink has no value.
 
 p = 2^(x * log2(e) - lse). Where a row can have only masked scores of a finite fill, say -1e9, its log-sum-exp in fp32 has no
 digits left for the sum over its keys: `deep_rows` finds the maximum and the sum of such rows again, and keeps them apart.
@@ -30,7 +31,7 @@ import torch
 from . import codegen, configs
 from .arguments import Blocks, Scratch, check, describable, parts, precision, split, strides, tiles_of, traits
 from .backward_kernels import dkdv_tiles, dq_tiles
-from .backward_rows import deep_rows, delta_rows
+from .backward_rows import deep_rows, delta_rows, sink_rows
 from .backward_table import table_tiles
 from .blanks import Place
 from .device import FLAG_ROWS
@@ -124,6 +125,7 @@ class _Plan:
     dq: Launch
     dq_tma: tuple[Blocks, Blocks] | None
     tables: list[tuple[int, Launch]]
+    sink: Launch | None
     ranges: KeyRanges | None  # asks which keys padding hides
 
     def __call__(
@@ -132,7 +134,8 @@ class _Plan:
         dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, dcaptures: Sequence[torch.Tensor | None],
     ) -> None:  # fmt: skip
         stream = self.place.stream()
-        of = (self.tables[-1][1] if self.tables else self.dq).of  # the last launch's: the others have their binaries by then
+        last = self.sink or (self.tables[-1][1] if self.tables else self.dq)
+        of = last.of  # the others have their binaries by then
         aux = codegen.aux_arguments(self.program, captures, params, of)
         daux = codegen.gradient_arguments([dcaptures[i] for i in self.wrt], of)
         if self.ranges is not None:
@@ -154,6 +157,8 @@ class _Plan:
         self.dq(stream, q, keys, values, do, of(dq), *rows, daux)
         for position, launch in self.tables:
             launch(stream, q, k, v, do, *rows, of(dcaptures[position]))
+        if self.sink is not None:
+            self.sink(stream, base, level, delta, aux, daux)
 
 
 def _zeros(*arguments: Any) -> None:
@@ -203,6 +208,7 @@ def plan(
             -512.0 if found.full.deep else floor,
             masked.score,
             masked.factor,
+            found.sink and found.sink.value,
             align,
             D,
             D0,
@@ -250,6 +256,10 @@ def plan(
             table.gradient, table.all_b, table.all_h, dropout_p > 0, align, *dims, tile.block_m, tile.block_n, mode,
         )  # fmt: skip
         tables.append((table.capture, Launch(table_tiles, grid, constants, tile.warps, tile.stages)))
+    sink = None
+    if found.sink is not None and found.sink.captures is not None:
+        constants = (B, H, N, M, found.sink.value, found.sink.captures, masked.factor, masked.deep, _ROWS)
+        sink = Launch(sink_rows, row_grid, constants, warps=4, stages=1)
     ranges = KeyRanges(program, found.key_mask, (B, H, N, M)) if found.key_mask is not None else None
     rows = B * H * N
     apart = rows if deep is not None else 0
@@ -262,5 +272,18 @@ def plan(
         (torch.float32, apart),
     )
     return _Plan(
-        program, wrt, dropout_p > 0, Place(q.device), scratch, delta, deep, dkdv, dkdv_tma, dq_launch, dq_tma, tables, ranges
+        program,
+        wrt,
+        dropout_p > 0,
+        Place(q.device),
+        scratch,
+        delta,
+        deep,
+        dkdv,
+        dkdv_tma,
+        dq_launch,
+        dq_tma,
+        tables,
+        sink,
+        ranges,
     )

@@ -7,10 +7,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import FLAG_ROWS, LOG2E, dot_pair, load_rows
+from .device import FLAG_ROWS, LOG2E, dot_pair, load_rows, probability
 from .dropout import row_words
 
-__all__ = ["deep_rows", "delta_rows"]
+__all__ = ["deep_rows", "delta_rows", "sink_rows"]
 
 
 @triton.jit(do_not_specialize=["B", "H", "N", "floor"])
@@ -49,7 +49,7 @@ def delta_rows(
 @triton.jit(do_not_specialize=["B", "H", "N", "M", "group", "floor"])
 def deep_rows(
     q, k, lse, base, level, aux, q_strides, k_strides, B, H, N, M, group, floor,
-    SCORE: tl.constexpr, FACTOR: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr,
+    SCORE: tl.constexpr, FACTOR: tl.constexpr, SINK: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows with lse above `floor`, and finite: base = 0, level = lse. The others: base = max x, level = log2 sum 2^(x - base)."""
@@ -86,6 +86,36 @@ def deep_rows(
         p = tl.math.exp2((x - finite[:, None]) * (FACTOR * LOG2E))
         total = total * tl.math.exp2((peak - finite) * (FACTOR * LOG2E)) + tl.sum(p, 1)
         peak = higher
+    if SINK is not None:
+        z = tl.reshape(SINK(b, h, rows[:, None], (rows < N)[:, None], (B, H, N, M), aux), (BLOCK_M,)) / FACTOR
+        higher = tl.maximum(peak, z)
+        total = total * tl.math.exp2((peak - higher) * (FACTOR * LOG2E)) + tl.math.exp2((z - higher) * (FACTOR * LOG2E))
+        peak = higher
+        deep &= known == known  # the forward knows which rows are NaN
     deep &= (known < float("inf")) | (peak > float("-inf"))  # lse = +inf of a row without a key is meant: it gives zeros
     tl.store(base + row, tl.where(deep, peak, 0.0), mask=rows < N)
     tl.store(level + row, tl.where(deep, tl.math.log2(total), known), mask=rows < N)
+
+
+@triton.jit(do_not_specialize=["B", "H", "N", "M"])
+def sink_rows(
+    base, level, delta, aux, daux, B, H, N, M,
+    SINK: tl.constexpr, CAPTURES: tl.constexpr, FACTOR: tl.constexpr, DEEP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds the gradient of the sink's score, dz = -p_sink delta, to the gradients of what the sink reads."""
+    q_tiles = tl.cdiv(N, BLOCK)
+    pid = tl.program_id(0)
+    start = pid % q_tiles * BLOCK
+    b = pid // q_tiles // H
+    h = pid // q_tiles % H
+    sizes = (B, H, N, M)
+    rows = (start + tl.arange(0, BLOCK))[:, None]  # (BLOCK, 1)
+    row = tl.cast(b * H + h, tl.int64) * N + rows
+    q_ok = rows < N
+    row_base = tl.load(base + row, mask=q_ok, other=0.0)
+    row_level = tl.load(level + row, mask=q_ok, other=0.0)
+    row_delta = tl.load(delta + row, mask=q_ok, other=0.0)
+    z = SINK(b, h, rows, q_ok, sizes, aux) / FACTOR
+    dz = -probability(z, row_base, row_level, FACTOR * LOG2E, DEEP) * row_delta
+    keys = tl.zeros((1, 1), tl.int32)
+    CAPTURES(dz, dz, b, h, rows, keys, q_ok, keys == 0, sizes, aux, daux)

@@ -8,6 +8,7 @@ Gluon, and in Triton's interpreter:
     captures(s, grad, ..., aux, daux)                        -> adds d(loss)/d(captures) to the buffers of daux
     bounds(q0, q1, b, h, sizes, aux)                         -> the four ends of `tiles.Bounds`; (k0, k1, ...) for query ranges
     key_mask(b, h, k, k_ok, sizes, aux)                      -> `tiles.key_mask`, a bool the shape of k
+    sink(b, h, q, q_ok, sizes, aux)                          -> the program's sink, the shape of q; `captures` for its gradient
 
 q and k are int32 indices that broadcast against s ((BLOCK_M, 1) and (1, BLOCK_N), or transposed), q_ok and k_ok say which
 of them are inside the tensors (or are the constexpr True), sizes is (B, H, N, M), and aux holds the integer parameters and
@@ -30,7 +31,7 @@ from .derivative import vjp
 from .program import Node, Program, apply, const, rebuild
 from .source import Writer, axes, function, index_axes
 
-__all__ = ["Phase", "Table", "aux_arguments", "bounds", "gradient_arguments", "key_mask", "phase"]
+__all__ = ["Phase", "Sink", "Table", "aux_arguments", "bounds", "gradient_arguments", "key_mask", "phase", "sink"]
 
 # ---------------------------------------------------------------- float expressions, as kernels want them
 
@@ -191,19 +192,21 @@ def phase(program: Program, wrt: tuple[int, ...] = (), fast_bfloat16: bool = Fal
     result = _like_s(writer, dinner)
     dscore = function("dscore", _GRAD, [*writer.lines, result])
 
-    tables = tuple(
-        _table(program, node, grad, fast_bfloat16) for node, grad in derivative.loads if _is_table(node, derivative.loads)
-    )
-    rest = [(node, grad) for node, grad in derivative.loads if not _is_table(node, derivative.loads)]
-    captures = _captures(program, wrt, rest, fast_bfloat16) if rest else None
+    every = (*derivative.loads, *_sink_loads(program, wrt))
+    tables = tuple(_table(program, node, grad, fast_bfloat16) for node, grad in derivative.loads if _is_table(node, every))
+    rest = [(node, grad) for node, grad in derivative.loads if not _is_table(node, every)]
+    captures = _captures(program, wrt, rest, every, fast_bfloat16) if rest else None
     return Phase(score, factor, wide, _reaches(root, 500.0), dscore, dfactor, captures, tables)
 
 
 _Loads = Sequence[tuple[Node, Node]]
 
 
-def _captures(program: Program, wrt: tuple[int, ...], loads: _Loads, fast_bfloat16: bool) -> Any:
-    """Adds each load's gradient to its buffer: summed over the axes of the tile that the load does not read, then one atomic."""
+def _captures(program: Program, wrt: tuple[int, ...], loads: _Loads, every: _Loads, fast_bfloat16: bool) -> Any:
+    """Adds each load's gradient to its buffer: summed over the axes of the tile that the load does not read, then one atomic.
+
+    every: all loads that add to the buffers, these among them.
+    """
     writer = Writer(program, fast_bfloat16)
     first = {c: sum(1 + program.captures[o].rank for o in wrt[:i]) for i, c in enumerate(wrt)}
     for node, grad in loads:
@@ -219,11 +222,41 @@ def _captures(program: Program, wrt: tuple[int, ...], loads: _Loads, fast_bfloat
         mask = writer.mask(node)
         if not mask:  # one number: a (1, 1) tile of one lane
             writer.lines.append(f"tl.atomic_add({pointer} + tl.zeros((1, 1), tl.int32), {name}, sem='relaxed')")
-        elif _plain_indices(node, loads) == "bhkq":
+        elif _plain_indices(node, every) == "bhkq":
             writer.lines.append(f"tl.store({pointer}, {name}, mask={mask})")
         else:
             writer.lines.append(f"tl.atomic_add({pointer}, {name}, mask={mask}, sem='relaxed')")
     return function("captures", _GRAD + ", daux", writer.lines)
+
+
+def _sink_loads(program: Program, wrt: tuple[int, ...]) -> _Loads:
+    return () if program.sink_program is None else vjp(program.sink_program, wrt).loads
+
+
+@dataclass(frozen=True)
+class Sink:
+    """A program's sink as device functions.
+
+    value: the sink's score on rows.
+    captures: adds the gradients of what it reads, as `Phase.captures` does, on a tile of one key; None where none is needed.
+    """
+
+    value: Any
+    captures: Any
+
+
+@lru_cache(maxsize=1024)
+def sink(program: Program, wrt: tuple[int, ...] = (), fast_bfloat16: bool = False) -> Sink | None:
+    """The device functions of the sink of `program`, or None; wrt: as for `phase`."""
+    if program.sink is None:
+        return None
+    writer = Writer(program, fast_bfloat16)
+    (name,) = writer.write(program.sink)
+    result = f"return tl.broadcast_to(tl.cast({name}, tl.float32), q.shape)"
+    value = function("sink", "b, h, q, q_ok, sizes, aux", [*writer.lines, result])
+    loads = _sink_loads(program, wrt)
+    every = (*vjp(program, wrt).loads, *loads)
+    return Sink(value, _captures(program, wrt, loads, every, fast_bfloat16) if loads else None)
 
 
 def _table(program: Program, node: Node, grad: Node, fast_bfloat16: bool) -> Table:

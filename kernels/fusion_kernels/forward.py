@@ -88,7 +88,7 @@ def _forward(
     q, k, v, out, lse, seed, aux, q_strides, k_strides, v_strides, out_strides, B, H, N, M, group, limit, scale, revisit,
     BOUNDS: tl.constexpr, SCORE: tl.constexpr, FACTOR: tl.constexpr, WIDE: tl.constexpr,
     FULL_SCORE: tl.constexpr, FULL_FACTOR: tl.constexpr, FULL_WIDE: tl.constexpr,
-    REVISIT: tl.constexpr, ZERO_ROWS: tl.constexpr, DROPOUT: tl.constexpr,
+    REVISIT: tl.constexpr, SINK: tl.constexpr, ZERO_ROWS: tl.constexpr, DROPOUT: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, TOGETHER: tl.constexpr,
@@ -128,6 +128,11 @@ def _forward(
     acc1 = tl.zeros((BLOCK_M, V1 if V1 > 0 else 1), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
+    floor = peak  # a score that each row is known to have, beside those that it has met
+    if SINK is not None:
+        z = tl.reshape(SINK(b, h, rows[:, None], (rows < N)[:, None], sizes, aux), (BLOCK_M,))
+        if ZERO_ROWS:
+            floor = z
 
     if BOUNDS is None:
         first = 0
@@ -153,7 +158,7 @@ def _forward(
         for step in range(passes):
             if REVISIT:
                 if step == 1:  # the tiles outside [first, last), if some row needs them
-                    needs = tl.max(tl.where((rows < N) & ~(peak > revisit), 1, 0), 0)
+                    needs = tl.max(tl.where((rows < N) & ~((peak > revisit) | (floor > revisit)), 1, 0), 0)
                     cut = first
                     jump = last - first
                     count = tl.where(needs > 0, tl.cdiv(M, BLOCK_N) - jump, 0)
@@ -166,7 +171,15 @@ def _forward(
 
     share = scale / total
     value = tl.fma(peak, LOG2E, 0.0) + tl.math.log2(total)
-    if ZERO_ROWS:  # lse = +inf makes 2^(x - lse) = 0 in the backward
+    if SINK is not None:
+        higher = tl.maximum(peak, z)
+        decay = tl.math.exp2((peak - higher) * LOG2E)
+        if not ZERO_ROWS:
+            decay = tl.where(peak == float("-inf"), float("nan"), decay)
+        total = total * decay + tl.math.exp2((z - higher) * LOG2E)
+        share = decay * scale / total
+        value = tl.fma(higher, LOG2E, 0.0) + tl.math.log2(total)
+    elif ZERO_ROWS:  # lse = +inf makes 2^(x - lse) = 0 in the backward
         share = tl.where(total == 0.0, 0.0, share)
         value = tl.where(total == 0.0, float("inf"), value)
     store_rows(out, acc0 * share[:, None], q_start, N, out_strides[2], out_strides[3], 0, V0, DV, BLOCK_M)
@@ -275,8 +288,8 @@ def plan(
     constants = (
         qs, ks, vs, os, B, H, N, M, H // k.shape[1], threshold(dropout_p), keep_scale(dropout_p), found.floor,
         found.kv_bounds, masked.score, masked.factor, masked.wide, full.score, full.factor, full.wide,
-        found.revisit, program.zero_rows, dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align,
-        D, D0, D1, DV, V0, V1, tile.block_m, tile.block_n, precision(q.dtype), tma, configs.together(B, kind),
+        found.revisit, found.sink and found.sink.value, program.zero_rows, dropout_p > 0,
+        N % tile.block_m == 0, M % tile.block_n == 0, align, D, D0, D1, DV, V0, V1, tile.block_m, tile.block_n, precision(q.dtype), tma, configs.together(B, kind),
     )  # fmt: skip
     launch = Launch(_forward, tiles_of(N, tile.block_m) * B * H, constants, tile.warps, tile.stages)
     ranges = KeyRanges(program, found.key_mask, (B, H, N, M)) if found.key_mask is not None else None

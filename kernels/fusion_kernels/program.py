@@ -9,6 +9,12 @@ Text form, definitions with ``; `` (or a line break) between them, the last one 
     captures float[2] bool[2]; params 1; %0 = score; %1 = const 0.125; %2 = mul %0 %1; ...
 
 Every node has a kind: ``float`` (evaluated in fp32, or fp64 for fp64 inputs), ``int`` or ``bool``.
+
+A program may have a *sink*, a score z(b, h, q; captured tensors) that takes its part of each row's softmax and has no value::
+
+    p_k = exp(x_k) / (exp(z) + sum_k exp(x_k))
+
+The last line of its text is ``sink %x %z``.
 """
 
 # pyright: reportGeneralTypeIssues=false
@@ -237,12 +243,25 @@ class Program:
     """A score program: the result node, what it captures, and how many integer parameters it reads.
 
     zero_rows: a row whose scores are all -inf gives zeros, with lse = +inf, as torch's safe softmax; otherwise NaN, as softmax.
+    sink: a float of b, h, q and captures, in no reach of score and k; None: the keys share each row among themselves. Where it
+        is there, a row of ``zero_rows`` is the sink's (lse = z), and is NaN only if the sink is -inf as well, as the softmax of
+        scores and sink together.
+
+    Raises:
+        ValueError: the sink reads the score or k.
     """
 
     root: Node
     captures: tuple[Capture, ...] = ()
     params: int = 0
     zero_rows: bool = False
+    sink: Node | None = None
+
+    def __post_init__(self) -> None:
+        if self.sink is not None and (self.sink.kind != "float" or self.sink.depends_on("score", "grad", "k")):
+            raise ValueError(
+                f"fusion_kernels: the sink of a score program is {self.sink}; needed: a float of b, h, q and captures"
+            )
 
     @cached_property
     def text(self) -> str:
@@ -250,13 +269,15 @@ class Program:
         lines = ["captures " + " ".join(f"{c.kind}[{c.rank}]" for c in self.captures) if self.captures else "captures"]
         lines.append(f"params {self.params}" + (" zero_rows" if self.zero_rows else ""))
         names: dict[Node, str] = {}
-        for node in postorder(self.root):
+        for node in postorder(self.root, *self._sinks):
             parts = [node.op]
             if node.attr is not None:
                 parts.append(str(node.attr) if node.op in ("index", "size") else repr(node.attr))
             parts += [names[a] for a in node.args]
             names[node] = f"%{len(names)}"
             lines.append(f"{names[node]} = {' '.join(parts)}")
+        if self.sink is not None:
+            lines.append(f"sink {names[self.root]} {names[self.sink]}")
         return "; ".join(lines)  # one line: compilers put constant arguments into comments of the code that they write
 
     @cached_property
@@ -264,8 +285,17 @@ class Program:
         """Every load, in the order of the text."""
         return tuple(n for n in postorder(self.root) if n.op == "load")
 
+    @property
+    def _sinks(self) -> tuple[Node, ...]:
+        return () if self.sink is None else (self.sink,)
+
     def with_root(self, root: Node) -> Program:
-        return Program(root, self.captures, self.params, self.zero_rows)
+        return Program(root, self.captures, self.params, self.zero_rows, self.sink)
+
+    @cached_property
+    def sink_program(self) -> Program | None:
+        """The sink as the root of a program of its own, for its gradient."""
+        return None if self.sink is None else Program(self.sink, self.captures, self.params)
 
 
 def postorder(*roots: Node) -> Iterator[Node]:
@@ -321,9 +351,12 @@ def parse(text: str) -> Program:
         kind, _, rank = word.rstrip("]").partition("[")
         captures.append(Capture(kind, int(rank)))
     nodes: dict[str, Node] = {}
-    last = None
+    last = sink = None
     for line in lines[2:]:
         try:
+            if line.startswith("sink "):
+                last, sink = (nodes[word] for word in line.split()[1:])
+                continue
             name, _, body = line.partition(" = ")
             op, *words = body.split()
             args = tuple(nodes[w] for w in words if w.startswith("%"))
@@ -340,7 +373,7 @@ def parse(text: str) -> Program:
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(f"fusion_kernels: cannot read {line!r} of a score program: {error}") from error
     assert last is not None
-    return Program(last, tuple(captures), int(lines[1].split()[1]), lines[1].endswith(" zero_rows"))
+    return Program(last, tuple(captures), int(lines[1].split()[1]), lines[1].endswith(" zero_rows"), sink)
 
 
 def load(capture: int, kind: str, index: Iterable[Node]) -> Node:

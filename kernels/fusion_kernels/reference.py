@@ -6,6 +6,8 @@
     o = dropout(p) v
     lse = log2(sum(exp(x)))            base 2: what the kernels exponentiate in
 
+With a sink z, p = softmax([x, z]) without its last column, and lse = log2(exp(z) + sum(exp(x))).
+
 Backward, with do = d(loss)/do:
 
     dv = dropout(p)^T do
@@ -13,12 +15,14 @@ Backward, with do = d(loss)/do:
     dx = p (dp - delta),               delta = sum_k p dp = sum_d do o
     ds, dcaptures = the program's own gradient of dx
     dq = ds k,  dk = ds^T q
+    dz = -p_sink delta                 the sink has no value: its dp is 0
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -27,7 +31,7 @@ from .evaluate import Box, Environment, evaluate, scatter
 from .philox import keep_mask
 from .program import Program
 
-__all__ = ["LOG2E", "as_tensor", "compute_dtype", "dense", "dense_backward", "dropout_factor"]
+__all__ = ["LOG2E", "as_tensor", "compute_dtype", "dense", "dense_backward", "dropout_factor", "scatter_sink", "sink_over"]
 
 LOG2E = math.log2(math.e)
 
@@ -58,7 +62,7 @@ def dense(
         out (B, H, N, Dv) in v's dtype; lse (B, H, N), base 2, fp32 (fp64 for fp64 inputs).
     """
     env = _dense_environment(q, k, captures, params)
-    p, lse = _dense_softmax(env, program)
+    p, _, lse = _dense_softmax(env, program)
     if dropout_p:
         p = p * dropout_factor(env.box, dropout_p, seed, env)
     return (p @ _grouped(v, q.shape[1], env.dtype)).to(v.dtype), lse
@@ -86,11 +90,15 @@ def dense_backward(
     env = _dense_environment(q, k, captures, params)
     heads, kv_heads, dtype = q.shape[1], k.shape[1], env.dtype
     do = do.to(dtype)
-    p, _ = _dense_softmax(env, program)
+    p, p_sink, _ = _dense_softmax(env, program)
     keep = dropout_factor(env.box, dropout_p, seed, env) if dropout_p else torch.ones((), dtype=dtype, device=q.device)
     dp = keep * (do @ _grouped(v, heads, dtype).mT)
-    env.grad = p * (dp - (p * dp).sum(-1, keepdim=True))
-    gradient = vjp(program, tuple(i for i, need in enumerate(needs) if need))
+    delta = (p * dp).sum(-1, keepdim=True)
+    env.grad = p * (dp - delta)
+    wanted = tuple(i for i, need in enumerate(needs) if need)
+    gradient = vjp(program, wanted)
+    if p_sink is not None and wanted:
+        scatter_sink(program, -p_sink * delta, wanted, dcaptures, env)
     for load, g in gradient.loads:
         into = dcaptures[load.attr]  # type: ignore[index]
         assert into is not None
@@ -118,15 +126,43 @@ def _dense_environment(q: torch.Tensor, k: torch.Tensor, captures: Sequence[torc
     return Environment(Box((0, batch), (0, heads), (0, n), (0, m)), sizes, captures, params, dtype, q.device, score=score)
 
 
-def _dense_softmax(env: Environment, program: Program) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities (B, H, N, M) and base-2 log-sum-exp (B, H, N)."""
+def _dense_softmax(env: Environment, program: Program) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Probabilities (B, H, N, M), the sink's (B, H, N, 1) if there is one, and base-2 log-sum-exp (B, H, N)."""
     assert env.score is not None
     x = as_tensor(evaluate([program.root], env)[0], env).expand(env.score.shape)
+    if program.sink is not None:
+        both = torch.cat([x, sink_over(program, env).expand(*x.shape[:3], 1)], -1)
+        if not program.zero_rows:
+            both = both.masked_fill((x == -math.inf).all(-1, keepdim=True), math.nan)
+        p, p_sink = torch.softmax(both, -1).split([x.shape[3], 1], -1)
+        return p, p_sink, torch.logsumexp(both.detach(), -1) * LOG2E
     p, lse = torch.softmax(x, -1), torch.logsumexp(x.detach(), -1) * LOG2E
     if not program.zero_rows:
-        return p, lse
+        return p, None, lse
     empty = lse == -math.inf
-    return p.masked_fill(empty.unsqueeze(-1), 0.0), lse.masked_fill(empty, math.inf)
+    return p.masked_fill(empty.unsqueeze(-1), 0.0), None, lse.masked_fill(empty, math.inf)
+
+
+def sink_over(program: Program, env: Environment) -> torch.Tensor:
+    """The sink of `program` over the rows of a box, (b, h, q, 1) or what broadcasts to it."""
+    assert program.sink is not None
+    return as_tensor(evaluate([program.sink], env)[0], env)
+
+
+def scatter_sink(
+    program: Program,
+    dz: torch.Tensor,
+    wanted: tuple[int, ...],
+    dcaptures: Sequence[torch.Tensor | None],
+    env: Environment,
+) -> None:
+    """Adds what the cotangent of the sink, (b, h, q, 1), gives the captures that it reads."""
+    assert program.sink_program is not None
+    rows = replace(env, box=replace(env.box, k=(0, 1)), score=None, grad=dz, values={})
+    for load, gradient in vjp(program.sink_program, wanted).loads:
+        into = dcaptures[load.attr]  # type: ignore[index]
+        assert into is not None
+        scatter(load, as_tensor(evaluate([gradient], rows)[0], rows), into, rows)
 
 
 def dropout_factor(box: Box, p: float, seed: torch.Tensor | None, env: Environment) -> torch.Tensor:

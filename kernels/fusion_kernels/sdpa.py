@@ -56,6 +56,8 @@ def _visible(p: Node) -> tuple[bool, Node | None]:
 @lru_cache(maxsize=1024)
 def form(program: Program) -> Form | None:
     """How ATen would compute the program; None if it cannot."""
+    if program.sink is not None:
+        return None
     root, causal = program.root, False
     mask: Node | None = None
     while (scale := _scale(root)) is None:

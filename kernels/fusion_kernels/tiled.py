@@ -16,7 +16,7 @@ from . import tiles
 from .derivative import vjp
 from .evaluate import Box, Environment, evaluate, integer, scatter
 from .program import Program
-from .reference import LOG2E, as_tensor, compute_dtype, dropout_factor
+from .reference import LOG2E, as_tensor, compute_dtype, dropout_factor, scatter_sink, sink_over
 
 __all__ = ["tiled_backward", "tiled_forward"]
 
@@ -113,13 +113,23 @@ class _Problem:
     def dropout(self, env: Environment) -> torch.Tensor | None:
         return dropout_factor(env.box, self.dropout_p, self.seed, env) if self.dropout_p else None
 
-    def complete(self, m: torch.Tensor | None, nan: bool = True) -> bool:
-        """Whether every row has a score far enough above the masks that nothing skipped counts (`tiles`); m: the rows' largest.
+    def sink(self, box: Box) -> torch.Tensor | None:
+        """The sink's score over the rows of a box, (b, h, rows, 1) or what broadcasts to it; None for no sink."""
+        if self.program.sink is None:
+            return None
+        rows = Box(box.b, box.h, box.q, (0, 1))
+        return sink_over(self.program, Environment(rows, self.sizes, self.captures, self.params, self.dtype, self.device))
 
+    def complete(self, m: torch.Tensor | None, z: torch.Tensor | None, nan: bool = True) -> bool:
+        """Whether every row has a score far enough above the masks that nothing skipped counts (`tiles`).
+
+        m: the rows' largest score. z: the sink's, which counts unless a row of -inf alone has to be known as such.
         nan: whether rows that are NaN (or all -inf, which become NaN) have to reach every key as well.
         """
         if m is None:
             return False
+        if z is not None and self.program.zero_rows:
+            m = torch.maximum(m, z)
         enough = m >= self.fill + 128
         return bool((enough & m.isfinite() if nan else enough | m.isnan()).all())
 
@@ -132,10 +142,17 @@ class _Row:
     total: torch.Tensor  # (b, h, rows, 1)
     out: torch.Tensor  # (b, h, rows, Dv), not yet divided
 
-    def spare(self) -> None:
-        """Rows that met nothing but -inf give zeros rather than 0 / 0, and weigh exp(x - inf) = 0 in the backward."""
+    def settle(self, program: Program, z: torch.Tensor | None) -> None:
+        """The row once every key is in it: the sink takes its part, and a row that met nothing but -inf is what it has to be."""
         empty = self.m == -math.inf
-        self.m, self.total = self.m.masked_fill(empty, math.inf), self.total.masked_fill(empty, 1.0)
+        if z is not None:
+            m = torch.maximum(self.m, z)
+            m = m if program.zero_rows else m.masked_fill(empty, math.nan)
+            decay = (self.m - m).exp_()
+            self.m, self.total = m, self.total * decay + (z - m).exp_()
+            self.out.mul_(decay)
+        elif program.zero_rows:  # zeros rather than 0 / 0, and exp(x - inf) = 0 in the backward
+            self.m, self.total = self.m.masked_fill(empty, math.inf), self.total.masked_fill(empty, 1.0)
 
 
 def _scores(p: _Problem, q: torch.Tensor, k: torch.Tensor, box: Box, program: Program) -> tuple[Environment, torch.Tensor]:
@@ -190,12 +207,11 @@ def tiled_forward(
         for rows in p.rows(b, h):
             here = (slice(*b), slice(*h), slice(*rows))
             box, q_ = Box(b, h, rows, (0, p.m)), p.near(q[here])
-            row = _visit(p, q_, keys, values, p.keys(box, skip=True))
-            if row is None or (p.fill > -math.inf and not p.complete(row.m, nan=False)):
+            row, z = _visit(p, q_, keys, values, p.keys(box, skip=True)), p.sink(box)
+            if row is None or (p.fill > -math.inf and not p.complete(row.m, z, nan=False)):
                 row = _visit(p, q_, keys, values, p.keys(box, skip=False))
             assert row is not None
-            if program.zero_rows:
-                row.spare()
+            row.settle(program, z)
             out[here] = row.out.div_(row.total)
             lse[here] = (row.total.log_() + row.m).squeeze(-1).mul_(LOG2E)
 
@@ -237,6 +253,15 @@ def tiled_backward(
         dk[kv], dv[kv] = dkeys, dvalues
 
 
+def _look(
+    p: _Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, parts: list[tuple[Box, Program]], z: torch.Tensor | None
+) -> tuple[tuple[Environment, torch.Tensor] | None, _Row | None]:
+    """What the backward starts from: the scores, where one tile is the whole softmax; else the softmax itself."""
+    if len(parts) == 1 and z is None:
+        return _scores(p, q, k, *parts[0]), None
+    return None, _visit(p, q, k, v, parts)
+
+
 def _backward_rows(
     p: _Problem,
     q: torch.Tensor,
@@ -250,17 +275,18 @@ def _backward_rows(
     dcaptures: Sequence[torch.Tensor | None],
 ) -> torch.Tensor:
     """The gradient of one query tile, (b, h, rows, D); adds to dk, dv and dcaptures."""
-    parts = p.keys(box, skip=True)
-    single = _scores(p, q, k, *parts[0]) if len(parts) == 1 else None
-    row = _visit(p, q, k, v, parts) if len(parts) > 1 else None
-    if (len(parts) != 1 or parts[0][0] != box) and not p.complete(single[1].amax(-1) if single else row and row.m):
+    parts, z = p.keys(box, skip=True), p.sink(box)
+    single, row = _look(p, q, k, v, parts, z)
+    if (len(parts) != 1 or parts[0][0] != box) and not p.complete(single[1].amax(-1) if single else row and row.m, z):
         parts = p.keys(box, skip=False)  # a masked or NaN row gives every key its share of the gradient
-        single = None
-        row = _visit(p, q, k, v, parts) if len(parts) > 1 else None
-    if row is not None and p.program.zero_rows:
-        row.spare()
+        single, row = _look(p, q, k, v, parts, z)
+    if row is not None:
+        row.settle(p.program, z)
     delta = None if row is None else (do * row.out).sum(-1, keepdim=True).div_(row.total)
     dq = torch.zeros_like(q)
+    if z is not None and row is not None and delta is not None and wanted:
+        env = Environment(box, p.sizes, p.captures, p.params, p.dtype, p.device)
+        scatter_sink(p.program, (z - row.m).exp_().div_(row.total).mul_(delta).neg_(), wanted, dcaptures, env)
     for part, program in parts:
         keys = slice(*part.k)
         env, x = single or _scores(p, q, k, part, program)

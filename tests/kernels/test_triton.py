@@ -14,7 +14,7 @@ import pytest
 NAMES = [
     "plain", "causal", "causal, finfo.min", "strictly anticausal, -1e9", "strictly anticausal, -inf", "window", "blocks, -1e4",
     "alibi", "softcap", "padding", "bias", "own bias", "lowest mask", "relative", "key factor", "row factor", "documents",
-    "offset", "math",
+    "offset", "math", "sink", "sink of rows", "softmax one", "softmax one, NaN", "deep sink",
 ]  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def compare_tiles(name: str, tma: bool) -> list[tuple[str, float, float, float]]
             known.clear()
 
 
-@pytest.mark.parametrize("name", ["causal", "window", "blocks, -1e4", "strictly anticausal, -1e9", "own bias"])
+@pytest.mark.parametrize("name", ["causal", "window", "blocks, -1e4", "strictly anticausal, -1e9", "own bias", "sink"])
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
 def test_many_tiles(worker: ProcessPoolExecutor, name: str, tma: bool) -> None:
     """Four or five tiles each way."""
@@ -84,6 +84,7 @@ def test_lengths(worker: ProcessPoolExecutor, n: int, m: int) -> None:
 @pytest.mark.parametrize("p", [0.25, 1.0])
 def test_dropout(worker: ProcessPoolExecutor, p: float) -> None:
     check(worker, "causal", (2, 2, 1, 37, 53, 16, 16), p=p)
+    check(worker, "sink", (1, 4, 2, 37, 53, 16, 16), p=p)
 
 
 def stored_gradient(shared: bool) -> tuple[float, float]:

@@ -129,6 +129,32 @@ def _math(s: Shape) -> Case:
     return Case(Program(total), [])
 
 
+def _sink(s: Shape) -> Case:
+    """A learned sink a head (gpt-oss), as large as the scores; the last head has none."""
+    root = apply("where", CAUSAL, _scaled(s), const(LOWEST))
+    z = torch.randn(s.heads)
+    z[-1] = -math.inf if s.heads > 1 else 1.0
+    return Case(Program(root, (Capture("float", 1),), zero_rows=True, sink=load(0, "float", [H])), [z])
+
+
+def _sink_of_rows(s: Shape) -> Case:
+    """A sink a row, of a tensor that the scores read too. Row 0 sees no key: it is the sink's."""
+    root = apply("where", apply("lt", K, Q), apply("add", _scaled(s), load(0, "float", [B, H, Q])), NEVER)
+    sink = apply("mul", load(0, "float", [B, H, Q]), const(2.0))
+    return Case(Program(root, (Capture("float", 3),), zero_rows=True, sink=sink), [torch.randn(s.batch, s.heads, s.n)])
+
+
+def _softmax_one(s: Shape, zero_rows: bool) -> Case:
+    """1 + sum exp(x): a sink of 0. Row 0 sees no key; without `zero_rows` it is NaN."""
+    return Case(Program(apply("where", apply("lt", K, Q), _scaled(s), NEVER), zero_rows=zero_rows, sink=const(0.0)), [])
+
+
+def _deep_sink(s: Shape) -> Case:
+    """Rows that a mask hides whole, under a sink as low as its fill."""
+    root = apply("where", apply("lt", K, Q), _scaled(s), const(-1e9))
+    return Case(Program(root, (Capture("float", 1),), zero_rows=True, sink=load(0, "float", [H])), [torch.full((s.heads,), -1e9)])
+
+
 CASES: dict[str, Callable[[Shape], Case]] = {
     "plain": lambda s: Case(Program(_scaled(s)), []),
     "causal": lambda s: _masked(s, CAUSAL),
@@ -149,6 +175,11 @@ CASES: dict[str, Callable[[Shape], Case]] = {
     "documents": _documents,
     "offset": _offset,
     "math": _math,
+    "sink": _sink,
+    "sink of rows": _sink_of_rows,
+    "softmax one": lambda s: _softmax_one(s, zero_rows=True),
+    "softmax one, NaN": lambda s: _softmax_one(s, zero_rows=False),
+    "deep sink": _deep_sink,
 }
 
 
@@ -213,8 +244,15 @@ def dense(
     )  # fmt: skip
     (x_,) = evaluate([case.program.root], env)  # a number, if nothing is left of the score
     x_ = torch.as_tensor(x_, dtype=own, device=q.device).expand(batch, heads, n, m)
-    empty = (x_ == -math.inf).all(-1, keepdim=True) & case.program.zero_rows
-    weights = torch.softmax(x_.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0).to(dtype)
+    empty = (x_ == -math.inf).all(-1, keepdim=True)
+    if case.program.sink is not None:
+        (z,) = evaluate([case.program.sink], env)
+        z = torch.as_tensor(z, dtype=own, device=q.device).expand(batch, heads, n, 1)
+        x_ = x_ if case.program.zero_rows else x_ + torch.where(empty, math.nan, 0.0).to(own)
+        weights = torch.softmax(torch.cat([x_, z], -1), -1)[..., :-1].to(dtype)
+    else:
+        empty &= case.program.zero_rows
+        weights = torch.softmax(x_.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0).to(dtype)
     if keep is not None:
         weights = weights * keep / (1 - p) if p < 1 else weights * 0
     out = weights @ v.repeat_interleave(group, 1)
