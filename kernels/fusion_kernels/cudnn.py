@@ -3,6 +3,10 @@
 It is what torch.compile runs for the attention that it knows by heart, and faster than portable Triton: 1.04 to 1.36 times
 forward and 1.1 to 1.35 times backward at N = 2048 and above (one H200, bf16, D = 64 and 128). Everything else about a site (a
 mask that is not causal, a bias, dropout, fp32, a gradient that has to be deterministic) stays with the Triton kernels.
+
+Dropout stays with them because the op is given its seed, as a tensor of the graph, and draws the same mask from it whatever runs
+it; ATen's call takes seed and offset from torch's generator by itself. That is good enough for torch's own
+scaled_dot_product_attention, which `fusion_pass` may put in the op's place; `drops` says at which rates.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from torch import Tensor
 from .program import Program
 from .sdpa import form
 
-__all__ = ["attention_backward", "attention_forward", "available", "expresses", "fits", "supports"]
+__all__ = ["attention_backward", "attention_forward", "available", "drops", "expresses", "fits", "supports"]
 
 LN2 = math.log(2.0)
 LOG2E = math.log2(math.e)
@@ -26,6 +30,9 @@ LARGEST_HEAD_DIM = 256
 # Rows that hold nothing but -inf are zeros in cuDNN and NaN in eager. With no mask but the causal one such a row needs an
 # infinite q or k whose every product is -inf; with this many keys that takes a column of k without one negative element.
 FEWEST_KEYS = 64
+# Its kernels draw dropout in steps of 1/16: at p = 0.1 they drop another part than a tenth, without a word (pytorch#174245; torch
+# 2.11 goes there all the same, later ones to flash attention). A multiple of 1/16 is exact in both.
+DROPOUT_STEPS = 16
 
 aten = torch.ops.aten
 
@@ -65,8 +72,13 @@ def fits(n: int, m: int, d: int, dv: int, causal: bool) -> bool:
     return d % 8 == 0 and 0 < d <= LARGEST_HEAD_DIM and dv == d and m >= FEWEST_KEYS and not (causal and n != m)
 
 
+def drops(p: float) -> bool:
+    """Whether it has dropout at exactly this rate."""
+    return 0 < p < 1 and (p * DROPOUT_STEPS) % 1 == 0
+
+
 def supports(q: Tensor, k: Tensor, v: Tensor, program: Program, dropout_p: float) -> bool:
-    """Whether this call may go to cuDNN; `available` is asked apart."""
+    """Whether this call may go to cuDNN; `available` is asked apart. Never with dropout: see the top of this file."""
     if dropout_p or q.dtype not in HALVES or v.dtype != q.dtype or not expresses(program):
         return False
     f = form(program)

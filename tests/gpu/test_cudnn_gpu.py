@@ -1,4 +1,4 @@
-"""Plain and causal calls on a GPU that has cuDNN's attention: which way they go, and the error rule there."""
+"""Plain and causal attention on a GPU that has cuDNN's: which way calls and compiled sites go, and the error rule there."""
 
 from __future__ import annotations
 
@@ -7,14 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from checks import Recorder, Result, compile_always, exactly, run
+from dropped import Dropping, P, assert_dropout, assert_rate, kept
 from fusion_kernels import attention, cudnn
 from fusion_kernels.choice import force
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import fusion_pass
 
 DEVICE = torch.device("cuda")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not cudnn.available(DEVICE), reason="needs a Hopper GPU or a later one"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32"),  # Inductor's advice; nothing here is in fp32
 ]
 BF16, FP16 = torch.bfloat16, torch.float16
 SHAPES = [  # B, H, Hkv, N, M, D
@@ -74,9 +81,13 @@ def test_error(
     assert seen == ["forward", "backward"]
     exact, own = step(lambda *a: eager(*a, causal), x, torch.float64), step(lambda *a: eager(*a, causal), x, dtype)
     for name, a, b, c in zip(("out", "dq", "dk", "dv"), ours, own, exact, strict=True):
-        error, theirs = ((t.double() - c).abs().max().item() for t in (a, b))
-        limit = 2 * theirs + 4 * torch.finfo(dtype).eps * c.abs().max().item()
-        assert error <= limit, f"{name}: error {error:.2e}, eager {theirs:.2e}, allowed {limit:.2e}"
+        assert_error(name, a, b, c)
+
+
+def assert_error(name: str, ours: Tensor, own: Tensor, exact: Tensor) -> None:
+    error, theirs = ((t.double() - exact).abs().max().item() for t in (ours, own))
+    limit = 2 * theirs + 4 * torch.finfo(ours.dtype).eps * exact.abs().max().item()
+    assert error <= limit, f"{name}: error {error:.2e}, eager {theirs:.2e}, allowed {limit:.2e}"
 
 
 def test_the_log_sum_exp_is_that_of_the_other_kernels() -> None:
@@ -129,3 +140,143 @@ def test_what_is_not_finite_shows(value: float, where: int) -> None:
     assert torch.equal(ours[0].isnan(), own[0].isnan()) and torch.equal(ours[0].isinf(), own[0].isinf())
     for a, b in zip(ours[1:], own[1:], strict=True):
         assert a.isfinite().all() == b.isfinite().all()
+
+
+# ---------------------------------------------------------------- compiled sites: torch's own attention takes their place
+
+
+def leaves(b: int, h: int, kv: int, n: int, m: int, d: int, dtype: torch.dtype = BF16) -> list[Tensor]:
+    return [t.requires_grad_() for t in inputs(b, h, kv, n, m, d, dtype)[:3]]
+
+
+def kernels(recorder: Recorder) -> list[str]:
+    """Which attention the graphs call."""
+    inner = [gm for graph in recorder.graphs for gm in graph.modules() if isinstance(gm, torch.fx.GraphModule)]
+    targets = [n.target for gm in inner for n in gm.graph.nodes if n.op == "call_function"]
+    names = {F.scaled_dot_product_attention: "sdpa"}
+    return [names.get(t, "op") for t in targets if t in names or getattr(t, "namespace", None) == "fusion_kernels"]
+
+
+def assert_results(ours: Result, own: Result, exact: Result) -> None:
+    for (name, a), (_, b), (_, c) in zip(ours.named(), own.named(), exact.named(), strict=True):
+        assert_error(name, a, b, c)
+
+
+DROPPED = {  # B, H, Hkv, N, M, D; causal; dtype; what compiles the graph
+    "full": ((2, 4, 4, 128, 128, 64), False, BF16, "inductor"),
+    "causal": ((2, 4, 4, 197, 197, 128), True, BF16, "inductor"),
+    "float16": ((2, 2, 2, 129, 129, 64), True, FP16, "aot_eager"),
+    "odd lengths": ((1, 3, 3, 63, 197, 72), False, BF16, "aot_eager"),
+    "grouped": ((2, 4, 2, 256, 256, 64), True, BF16, "aot_eager"),
+    "two queries": ((2, 4, 4, 2, 129, 64), False, BF16, "aot_eager"),
+    "head dim 40": ((2, 2, 2, 577, 577, 40), True, BF16, "aot_eager"),
+    "head dim 256": ((1, 2, 2, 129, 129, 256), False, BF16, "aot_eager"),
+}
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_dropout_in_training(name: str) -> None:
+    """Rate, seed, output and gradients, by the mask that was drawn; and it is cuDNN that runs."""
+    shape, causal, dtype, inner = DROPPED[name]
+    x, recorder = leaves(*shape, dtype), Recorder(inner)
+    call = compile_always(Dropping(P, causal), recorder)
+    assert_dropout(call, x, P, causal, assert_results)
+    assert kernels(recorder) == ["sdpa"]
+    (site,) = fusion_pass.last_report().fused
+    assert (site.verdict.kernel, site.verdict.backward) == ("cudnn", "cudnn")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+        call(*x).sum().backward()
+    ran = {event.name for event in profile.events() or ()}
+    assert {f"aten::_scaled_dot_product_cudnn_attention{end}" for end in ("", "_backward")} <= ran
+
+
+@pytest.mark.parametrize("p", [0.0625, 0.125, 0.5, 0.9375])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_rate_of_dropout(causal: bool, p: float) -> None:
+    """Of millions of probabilities: a rate that is off by a thousandth shows."""
+    q, k, v = leaves(32, 8, 8, 128 if causal else 512, 128, 128)
+    recorder = Recorder("aot_eager")
+    assert_rate(kept(compile_always(Dropping(p, causal), recorder), q, k, v, 3), p, causal)
+    assert kernels(recorder) == ["sdpa"]
+
+
+@pytest.mark.parametrize("p", [0.01, 0.1])
+def test_rates_that_cudnn_rounds_are_left_to_the_op(p: float) -> None:
+    q, k, v = leaves(32, 8, 8, 512, 128, 128)
+    recorder = Recorder("aot_eager")
+    assert_rate(kept(compile_always(Dropping(p), recorder), q, k, v, 3), p, causal=False)
+    assert kernels(recorder) == ["op"]
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_two_sites_draw_apart(inner: str) -> None:
+    one, recorder = Dropping(), Recorder(inner)
+    both = compile_always(lambda *a: (one(*a), one(*a)), recorder)
+    first, second = both(*leaves(2, 4, 4, 128, 128, 64))
+    assert kernels(recorder) == ["sdpa", "sdpa"] and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_calls_draw_apart(inner: str) -> None:
+    q, k, v = leaves(2, 4, 4, 128, 128, 64)
+    call = compile_always(Dropping(), Recorder(inner))
+    torch.manual_seed(5)
+    first, second = call(q, k, v), call(q, k, v)
+    torch.manual_seed(5)
+    assert torch.equal(first, call(q, k, v)) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_a_checkpoint_around_it(inner: str) -> None:
+    """It puts torch's generator back before it runs the compiled graph again."""
+    recorder = Recorder(inner)
+    call = compile_always(Dropping(causal=True), recorder)
+    x = leaves(2, 4, 4, 129, 129, 64)
+    assert_dropout(lambda *a: checkpoint(call, *a, use_reentrant=False), x, P, True, assert_results)  # pyright: ignore
+    assert kernels(recorder) == ["sdpa"]
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_a_checkpoint_inside_is_for_the_op(inner: str) -> None:
+    """The mask is that of the forward: with v the identity, out is the dropped probabilities, and dv is out^T do."""
+    recorder, module = Recorder(inner), Dropping(0.5)
+    call = compile_always(lambda *a: checkpoint(module, *a, use_reentrant=False), recorder)
+    q, k, v = leaves(2, 4, 4, 128, 128, 128)
+    v = torch.eye(128, device=DEVICE, dtype=BF16).expand(v.shape).contiguous().requires_grad_()
+    out = call(q, k, v)
+    do = torch.randn_like(out)
+    (dv,) = torch.autograd.grad(out, v, do)
+    torch.testing.assert_close(dv, (out.detach().double().mT @ do.double()).to(BF16), rtol=2e-2, atol=1e-2)
+    assert kernels(recorder) == ["op"]
+
+
+def test_dropout_heeds_what_the_user_has_set() -> None:
+    x = leaves(2, 4, 4, 128, 128, 64)
+    recorder = Recorder("aot_eager")
+    torch.use_deterministic_algorithms(True)
+    try:
+        compile_always(Dropping(), recorder)(*x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        compile_always(Dropping(), recorder)(*x)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+    with torch.no_grad():
+        compile_always(Dropping(), recorder)(*x)
+    assert kernels(recorder) == ["op"] * 3
+
+
+def test_queries_that_a_batch_shares() -> None:
+    """Learned queries, expanded over the batch: a stride of 0."""
+
+    def latent(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q.expand(k.shape[0], -1, -1, -1) @ k.mT * 0.125).softmax(-1) @ v
+
+    q, k, v = leaves(3, 4, 4, 129, 200, 64)
+    x = [q.detach()[:1].clone().requires_grad_(), k, v]
+    recorder = Recorder("inductor")
+    fused = run(compile_always(latent, recorder), x)
+    assert_results(fused, run(latent, x), exactly(latent, x))
+    assert kernels(recorder) == ["sdpa"]

@@ -78,6 +78,16 @@ def test_unsupported(name: str) -> None:
     assert not call(**UNSUPPORTED[name])
 
 
+@pytest.mark.parametrize("p", [0.0625, 0.125, 0.5, 0.9375, 1 - 0.75])
+def test_rates_of_dropout(p: float) -> None:
+    assert cudnn.drops(p)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.01, 0.1, 0.3, 1 / 3, 0.125 + 1e-6, 0.99, 1.0])
+def test_rates_between_its_steps(p: float) -> None:
+    assert not cudnn.drops(p)
+
+
 def test_devices() -> None:
     assert not cudnn.available(torch.device("cpu"))
     assert kernel_for("cpu", HALF, HALF, CAUSAL) == "aten-cpu"
