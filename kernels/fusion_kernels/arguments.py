@@ -91,7 +91,7 @@ class Scratch:
     """One allocation for what only the kernels of a call read and write.
 
     Args:
-        parts: (dtype of 4 bytes, number of elements) of each; no part where the number is 0.
+        parts: (dtype, size in units of 4 bytes) of each; no part where the size is 0.
     """
 
     def __init__(self, device: torch.device, *parts: tuple[torch.dtype, int]) -> None:

@@ -8,10 +8,9 @@ With x = program(s), p = softmax(x), o = dropout(p) @ v, and D[q] = sum_d do[q, 
     dq = ds @ k,   dk = ds^T @ q
 Three kernels: D (and a flag a head, see `delta_rows`), then dk and dv with one program a tile of keys, which loops over the
 queries of every head in the group, then dq with one program a tile of queries. No atomics, so the result is the same every
-time. The gradients of captured tensors are gathered in the dq kernel, where the tile holds d(loss)/d(x): a plain store where
-each (b, h, q, k) has its own element, else sums over the axes of the tile that the load does not read, then one atomic each.
-A table read at (q, k) by several batches or heads gets a kernel of its own, `table_tiles`. So does what a sink reads,
-`sink_rows`: dz = -p_sink D for each row, for a sink has no value.
+time. The gradients of captured tensors are gathered in the dq kernel, where the tile holds d(loss)/d(x): sums over the axes of
+the tile that the load does not read, then one atomic each. A table read at (q, k) has them without (see `backward_table`). What
+a sink reads has a kernel of its own, `sink_rows`: dz = -p_sink D for each row, for a sink has no value.
 
 p = 2^(x * log2(e) - lse). Where a row can have only masked scores of a finite fill, say -1e9, its log-sum-exp in fp32 has no
 digits left for the sum over its keys: `deep_rows` finds the maximum and the sum of such rows again, and keeps them apart.
@@ -24,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from . import codegen, configs
 from .arguments import Blocks, Scratch, check, describable, parts, precision, split, strides, tiles_of, traits
 from .backward_kernels import dkdv_tiles, dq_tiles
 from .backward_rows import deep_rows, delta_rows, sink_rows
+from .backward_slots import Kept, Step, keep
 from .backward_table import table_tiles
 from .blanks import Place
 from .device import FLAG_ROWS
@@ -117,13 +118,14 @@ class _Plan:
     wrt: tuple[int, ...]
     dropout: bool
     place: Place
-    scratch: Scratch  # delta, flags, words, base, level
+    scratch: Scratch  # delta, flags, words, base, level, slots
     delta: Launch
     deep: Launch | None
     dkdv: Launch
     dkdv_tma: tuple[Blocks, Blocks] | None
-    dq: Launch
+    dq: list[Step]
     dq_tma: tuple[Blocks, Blocks] | None
+    kept: Kept | None  # the table whose gradient dq's steps store
     tables: list[tuple[int, Launch]]
     sink: Launch | None
     ranges: KeyRanges | None  # asks which keys padding hides
@@ -134,14 +136,14 @@ class _Plan:
         dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, dcaptures: Sequence[torch.Tensor | None],
     ) -> None:  # fmt: skip
         stream = self.place.stream()
-        last = self.sink or (self.tables[-1][1] if self.tables else self.dq)
+        last = self.sink or (self.tables[-1][1] if self.tables else self.dq[-1].last)
         of = last.of  # the others have their binaries by then
         aux = codegen.aux_arguments(self.program, captures, params, of)
         daux = codegen.gradient_arguments([dcaptures[i] for i in self.wrt], of)
         if self.ranges is not None:
             aux = self.ranges(aux, q.device, stream)
         memory = self.scratch.new()
-        delta, flags, words, base, level = self.scratch.split(memory, of)
+        delta, flags, words, base, level, slots = self.scratch.split(memory, of)
         tma = self.dkdv_tma
         queries, gradients = (tma[0].of(q), tma[1].of(do)) if tma else (of(q), of(do))
         tma = self.dq_tma
@@ -154,7 +156,11 @@ class _Plan:
         base, level, words = (lse if part is None else part for part in (base, level, words))
         rows = (base, level, delta, flags, words, aux)
         self.dkdv(stream, queries, k, v, gradients, of(dk), of(dv), *rows)
-        self.dq(stream, q, keys, values, do, of(dq), *rows, daux)
+        gradient = of(dq)
+        for rank, launch, total in self.dq:
+            launch(stream, q, keys, values, do, gradient, *rows, daux, lse if total is None else slots, rank)
+            if total is not None and self.kept is not None:
+                total(stream, slots, flags, aux, of(dcaptures[self.kept.table.capture]), rank)
         for position, launch in self.tables:
             launch(stream, q, k, v, do, *rows, of(dcaptures[position]))
         if self.sink is not None:
@@ -235,17 +241,28 @@ def plan(
     tile = dq_tile or configs.backward_dq(N, M, D0 + D1, V0 + V1, q.dtype, kind)
     full = found.full if found.kv_bounds is not None else masked
     tma = tile.tma and M >= configs.SHORT and whole and describable(k, v)
+    kept = keep(masked, full, captures, q.dtype, sizes, tile, found.kv_bounds)
     constants = (
         qs, ks, vs, gs, dq.stride(), *sizes, *dropout, found.kv_bounds,
         masked.score, masked.factor, masked.deep, masked.dscore, masked.dfactor / full.dfactor, masked.captures,
         full.score, full.factor, full.deep, full.dscore, full.captures, full.dfactor,
+        *((None, None, False, False) if kept is None else kept.functions),
         dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align, *dims, tile.block_m, tile.block_n, mode, tma, side,
     )  # fmt: skip
-    dq_launch = Launch(dq_tiles, tiles_of(N, tile.block_m) * B * H, constants, tile.warps, tile.stages)
+    dq_launch = partial(Launch, dq_tiles, constants=constants, warps=tile.warps, stages=tile.stages)
+    programs = tiles_of(N, tile.block_m) * B * H
+    if kept is None:
+        steps = [Step(0, dq_launch(programs), None)]
+    else:
+        buffer = dcaptures[kept.table.capture]
+        assert buffer is not None
+        steps = kept.steps(programs, buffer, dq_launch)
     dq_tma = (Blocks(k, tile.block_n, D0), Blocks(v, tile.block_n, V0)) if tma else None
 
     tables = []
     for table in masked.tables:
+        if kept is not None and table is kept.table:
+            continue
         buffer = dcaptures[table.capture]
         assert buffer is not None
         tile = configs.backward_table(N, M, D0 + D1, V0 + V1, q.dtype)
@@ -270,20 +287,9 @@ def plan(
         (torch.int32, 2 * rows if dropout_p > 0 else 0),
         (torch.float32, apart),
         (torch.float32, apart),
+        (torch.float32, 0) if kept is None else kept.scratch(steps),
     )
     return _Plan(
-        program,
-        wrt,
-        dropout_p > 0,
-        Place(q.device),
-        scratch,
-        delta,
-        deep,
-        dkdv,
-        dkdv_tma,
-        dq_launch,
-        dq_tma,
-        tables,
-        sink,
+        program, wrt, dropout_p > 0, Place(q.device), scratch, delta, deep, dkdv, dkdv_tma, steps, dq_tma, kept, tables, sink,
         ranges,
-    )
+    )  # fmt: skip

@@ -7,6 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .backward_table import shared_tile
 from .device import LOG2E, any_flag, dot, dot_pair, load_rows, probability, store_rows, stream_rows, tile_ranges, visited
 from .dropout import keep, load_words
 
@@ -174,13 +175,16 @@ def dkdv_tiles(
 def _dq_loop(
     dq0, dq1,  # (BLOCK_M, D0), (BLOCK_M, D1)
     q0, q1, do0, do1, k, v, row_base, row_level, row_delta, word0, word1, k_strides, v_strides, b, h, kv_head, q_start, q_ok,
-    sizes, aux, daux, limit, scale, first, cut, jump, count,
+    sizes, aux, daux, slot, limit, scale, first, cut, jump, count,
     SCORE: tl.constexpr, FACTOR: tl.constexpr, DEEP: tl.constexpr, DSCORE: tl.constexpr, DRATIO: tl.constexpr,
-    CAPTURES: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr,
+    CAPTURES: tl.constexpr, GRADIENT: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Adds `count` key tiles to dq of one query tile, and to the gradients of captured tensors."""
+    """Adds `count` key tiles to dq of one query tile, and to the gradients of captured tensors.
+
+    slot: takes a table's gradient, tile by tile: (M / BLOCK_N, BLOCK_M, BLOCK_N), each tile as it is, past the ends too.
+    """
     N = sizes[2]
     M = sizes[3]
     rows = (q_start + tl.arange(0, BLOCK_M))[:, None]
@@ -211,6 +215,10 @@ def _dq_loop(
             dx = tl.where(k_ok, dx, 0.0)
         if CAPTURES is not None:
             CAPTURES(s, dx, b, h, rows, keys, rows < N, keys < M, sizes, aux, daux)
+        if GRADIENT is not None:
+            part = GRADIENT(s, dx, b, h, rows, keys, q_ok, k_ok, sizes, aux)
+            at = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]  # (BLOCK_M, BLOCK_N)
+            tl.store(slot + tl.cast(start, tl.int64) * BLOCK_M + at, part.to(slot.dtype.element_ty))
         ds = DSCORE(s, dx, b, h, rows, keys, q_ok, k_ok, sizes, aux)
         if DRATIO != 1.0:
             ds = ds * DRATIO
@@ -223,28 +231,35 @@ def _dq_loop(
     return dq0, dq1
 
 
-@triton.jit(do_not_specialize=["B", "H", "N", "M", "group", "limit", "scale"])
+@triton.jit(do_not_specialize=["B", "H", "N", "M", "group", "limit", "scale", "rank"])
 def dq_tiles(
-    q, k, v, do, dq, base, level, delta, flags, words, aux, daux, q_strides, k_strides, v_strides, do_strides, dq_strides,
-    B, H, N, M, group, limit, scale,
+    q, k, v, do, dq, base, level, delta, flags, words, aux, daux, slots, rank,
+    q_strides, k_strides, v_strides, do_strides, dq_strides, B, H, N, M, group, limit, scale,
     BOUNDS: tl.constexpr, SCORE: tl.constexpr, FACTOR: tl.constexpr, DEEP: tl.constexpr, DSCORE: tl.constexpr,
     DRATIO: tl.constexpr, CAPTURES: tl.constexpr, FULL_SCORE: tl.constexpr, FULL_FACTOR: tl.constexpr,
     FULL_DEEP: tl.constexpr, FULL_DSCORE: tl.constexpr, FULL_CAPTURES: tl.constexpr, DFACTOR: tl.constexpr,
+    GRADIENT: tl.constexpr, FULL_GRADIENT: tl.constexpr, ALL_B: tl.constexpr, ALL_H: tl.constexpr,
     DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
+    """slots: one for each program, if there is a GRADIENT; `rank` is then the first of the tiles of this launch."""
     q_strides = (q_strides[0] * ALIGN, q_strides[1] * ALIGN, q_strides[2] * ALIGN, q_strides[3])
     k_strides = (k_strides[0] * ALIGN, k_strides[1] * ALIGN, k_strides[2] * ALIGN, k_strides[3])
     v_strides = (v_strides[0] * ALIGN, v_strides[1] * ALIGN, v_strides[2] * ALIGN, v_strides[3])
     do_strides = (do_strides[0] * ALIGN, do_strides[1] * ALIGN, do_strides[2] * ALIGN, do_strides[3])
     sizes = (B, H, N, M)
-    q_tiles = tl.cdiv(N, BLOCK_M)
     pid = tl.program_id(0)
-    rank = pid // TOGETHER
-    q_start = (q_tiles - 1 - rank % q_tiles) * BLOCK_M
-    b = rank // q_tiles // H * TOGETHER + pid % TOGETHER
-    h = rank // q_tiles % H
+    slot = slots
+    if GRADIENT is not None:
+        q_start, b, h = shared_tile(rank, pid, B, H, N, ALL_B, ALL_H, BLOCK_M)
+        slot += tl.cast(pid, tl.int64) * (tl.cdiv(M, BLOCK_N) * BLOCK_N * BLOCK_M)
+    else:
+        q_tiles = tl.cdiv(N, BLOCK_M)
+        rank = pid // TOGETHER
+        q_start = (q_tiles - 1 - rank % q_tiles) * BLOCK_M
+        b = rank // q_tiles // H * TOGETHER + pid % TOGETHER
+        h = rank // q_tiles % H
     batch = tl.cast(b, tl.int64)
     head = tl.cast(h, tl.int64)
     kv_head = h // group
@@ -294,17 +309,18 @@ def dq_tiles(
         full_last = tl.where(every, 0, full_last)
     dq0, dq1 = _dq_loop(
         dq0, dq1, q0, q1, do0, do1, k, v, row_base, row_level, row_delta, word0, word1, k_strides, v_strides,
-        b, h, kv_head, q_start, q_ok, sizes, aux, daux, limit, scale, full_first, 0, 0, full_last - full_first,
-        FULL_SCORE, FULL_FACTOR, FULL_DEEP, FULL_DSCORE, 1.0, FULL_CAPTURES, False, DROPOUT,
+        b, h, kv_head, q_start, q_ok, sizes, aux, daux, slot, limit, scale,
+        full_first, 0, 0, full_last - full_first,
+        FULL_SCORE, FULL_FACTOR, FULL_DEEP, FULL_DSCORE, 1.0, FULL_CAPTURES, FULL_GRADIENT, False, DROPOUT,
         D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
     )  # fmt: skip
     if not (BOUNDS is None and EVEN_M):
         jump = full_last - full_first
         dq0, dq1 = _dq_loop(
             dq0, dq1, q0, q1, do0, do1, k, v, row_base, row_level, row_delta, word0, word1, k_strides, v_strides,
-            b, h, kv_head, q_start, q_ok, sizes, aux, daux, limit, scale,
+            b, h, kv_head, q_start, q_ok, sizes, aux, daux, slot, limit, scale,
             first, full_first - first, jump, last - first - jump,
-            SCORE, FACTOR, DEEP, DSCORE, DRATIO, CAPTURES, not EVEN_M, DROPOUT,
+            SCORE, FACTOR, DEEP, DSCORE, DRATIO, CAPTURES, GRADIENT, not EVEN_M, DROPOUT,
             D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
         )  # fmt: skip
     store_rows(dq, dq0 * DFACTOR, q_start, N, dq_strides[2], dq_strides[3], 0, D0, D, BLOCK_M)

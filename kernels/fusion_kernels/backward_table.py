@@ -1,8 +1,12 @@
 """The gradient of a captured table that is read at (.., q, k), such as a learned bias [H, N, M] that batches share.
 
-Every (q, k) tile of the table belongs to one program, which goes over the batches and heads that read it and keeps the sum in
-registers: one store, the same result every time. The price is a second look at the scores (two products a tile); adding the
-tiles of the dq kernel into the table with atomics, the alternative, was not timed.
+The dq kernel has it tile by tile, and stores each tile in a slot of its program: tiles one after the other, for rows of a table
+lie far apart, and a tile written there took dq three times as long. `table_sums` adds up the slots of those that share the
+table: in fp32, in one order, the same result every time. There are slots for some of the query tiles (`configs.SLOTS` bytes),
+so dq goes in several launches, each with its sum: memory for a wave of programs, M long each, and not for all B H N M elements.
+
+`table_tiles` is for what has no slots, because too many share the table or the program has two: every tile belongs to one
+program, which goes over the batches and heads and computes the scores again. It is bound by the cache.
 """
 
 # Device functions are Triton's dialect, not Python's.
@@ -15,7 +19,81 @@ import triton.language as tl
 from .device import LOG2E, any_flag, dot_pair, load_rows, probability, tile_ranges
 from .dropout import keep, load_words
 
-__all__ = ["table_tiles"]
+__all__ = ["shared_tile", "table_sums", "table_tiles"]
+
+
+@triton.jit
+def shared_tile(rank, pid, B, H, N, ALL_B: tl.constexpr, ALL_H: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(first query, batch, head) of a program: those that share a table's tile are neighbours, the last queries come first.
+
+    rank: the number of the launch's first tile, counted over the table's own batches and heads.
+    """
+    q_tiles = tl.cdiv(N, BLOCK_M)
+    members = 1
+    if ALL_H:
+        members = H
+    if ALL_B:
+        members *= B
+    rank += pid // members
+    member = pid % members
+    own = rank // q_tiles
+    b = own
+    h = own
+    if ALL_B and ALL_H:
+        b = member // H
+        h = member % H
+    elif ALL_B:
+        b = member
+    elif ALL_H:
+        h = member
+    else:
+        b = own // H
+        h = own % H
+    return (q_tiles - 1 - rank % q_tiles) * BLOCK_M, b, h
+
+
+@triton.jit(do_not_specialize=["B", "H", "N", "M", "rank"])
+def table_sums(
+    slots, flags, aux, table, rank, table_strides, offset, B, H, N, M,
+    BOUNDS: tl.constexpr, ALL_B: tl.constexpr, ALL_H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """table[b?, h?, q, k] = the sum of the slots of those that share it; slots: (programs of dq, M / BLOCK_N, BLOCK_M, BLOCK_N).
+
+    BLOCK_M, BLOCK_N: as in dq, which writes no tile that is masked as a whole.
+    """
+    k_tiles = tl.cdiv(M, BLOCK_N)
+    pid = tl.program_id(0)
+    k_tile = pid % k_tiles
+    members = 1
+    if ALL_H:
+        members = H
+    if ALL_B:
+        members *= B
+    first = pid // k_tiles * members  # of the programs of this tile
+    q_start, b, h = shared_tile(rank, first, B, H, N, ALL_B, ALL_H, BLOCK_M)
+    place = table + tl.cast(offset, tl.int64)
+    if not ALL_B:
+        place += tl.cast(b, tl.int64) * table_strides[0]
+    if not ALL_H:
+        place += tl.cast(h, tl.int64) * table_strides[1]
+    at = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]  # (BLOCK_M, BLOCK_N)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for i in tl.range(0, members):
+        live = True
+        if BOUNDS is not None:
+            q_start, b, h = shared_tile(rank, first + i, B, H, N, ALL_B, ALL_H, BLOCK_M)
+            lo, hi, full_lo, full_hi = BOUNDS(q_start, tl.minimum(q_start + BLOCK_M, N) - 1, b, h, (B, H, N, M), aux)
+            begin, end, _, _ = tile_ranges(lo, hi, full_lo, full_hi, M, BLOCK_N)
+            every = any_flag(flags, b * H + h, q_start, q_start + BLOCK_M, N)
+            live = ((k_tile >= begin) & (k_tile < end)) | every
+        if live:
+            slot = slots + (tl.cast(first + i, tl.int64) * k_tiles + k_tile) * (BLOCK_M * BLOCK_N)
+            total += tl.load(slot + at).to(tl.float32)
+    rows = q_start + tl.arange(0, BLOCK_M)
+    keys = k_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    down = tl.cast(rows, tl.int64)[:, None] * table_strides[2]
+    across = tl.cast(keys, tl.int64)[None, :] * table_strides[3]
+    tl.store(place + down + across, total, mask=(rows < N)[:, None] & (keys < M)[None, :])
 
 
 @triton.jit(do_not_specialize=["B", "H", "N", "M", "group", "limit", "scale", "offset"])

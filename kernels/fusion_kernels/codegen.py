@@ -111,7 +111,7 @@ def _added(root: Node) -> set[Node]:
 
 @dataclass(frozen=True)
 class Table:
-    """A load at (q, k) of a table that several batches (all_b) or heads (all_h) share, and its gradient on a tile.
+    """A load at (q, k) of a table, which all batches (all_b) or heads (all_h) may share, and its gradient on a tile.
 
     gradient(s, grad, b, h, q, k, q_ok, k_ok, sizes, aux) -> d(loss)/d(value), the shape of s.
     """
@@ -267,7 +267,7 @@ def _table(program: Program, node: Node, grad: Node, fast_bfloat16: bool) -> Tab
 
 
 def _is_table(node: Node, loads: _Loads) -> bool:
-    return _plain_indices(node, loads) in ("kq", "bkq", "hkq")
+    return _plain_indices(node, loads) in ("kq", "bkq", "hkq", "bhkq")
 
 
 def _plain_indices(node: Node, loads: _Loads) -> str | None:

@@ -21,6 +21,10 @@ EXACT_FP32 = "tf32x3"
 # and 0.8 backward at 2^27 and 2^28 scores; at 2^26 a forward was bound by the host.
 FEW_SCORES = 1 << 26
 
+# Bytes of memory for the parts of a shared table's gradient (`backward_slots`): a wave of programs at N = 4096 and one more for
+# each further wave that a launch takes.
+SLOTS = 1 << 27
+
 # Shorter sequences are read through pointers: a descriptor for the copy engine costs 5 us of host time at each launch.
 SHORT = 2048
 

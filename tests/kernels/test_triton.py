@@ -87,36 +87,71 @@ def test_dropout(worker: ProcessPoolExecutor, p: float) -> None:
     check(worker, "sink", (1, 4, 2, 37, 53, 16, 16), p=p)
 
 
-def stored_gradient(shared: bool) -> tuple[float, float]:
-    """Runs in the worker: (error, eager's) of the gradient of a half-precision bias, through the op."""
+def stored_gradient(shared: str, slots: int, masked: bool) -> tuple[float, float, int]:
+    """Runs in the worker: (error, eager's) of the gradient of a half-precision bias, through the op; how often dq was launched.
+
+    shared: the dims ("b", "h") along which the bias is one; slots: bytes for the parts of a shared one's gradient.
+    """
     import torch
+    from fusion_kernels import backward_kernels, calls, configs
     from fusion_kernels.choice import force
     from fusion_kernels.op import ATTENTION, ATTENTION_BACKWARD
     from fusion_kernels.program import SCORE, Capture, Program, apply, const, index, load
 
     torch.manual_seed(0)
-    q, k, v, do = (torch.randn(3, 2, n, 16, dtype=torch.float16) for n in (37, 53, 53, 37))
-    bias = torch.randn(1 if shared else 3, 2, 37, 53, dtype=torch.float16)
-    first = const(0) if shared else index("b")
-    root = apply("add", SCORE, load(0, "float", [first, index("h"), index("q"), index("k")]))
-    text = Program(root, (Capture("float", 4),)).text
-    with force("triton"):
-        out, lse = ATTENTION(q, k, v, [bias], [], text, 0.0, None)
-        *_, (ours,) = ATTENTION_BACKWARD(do, q, k, v, [bias], [], text, 0.0, None, out, lse, [True])
+    q, k, v, do = (torch.randn(3, 2, n, 16, dtype=torch.float16) for n in (309, 129, 129, 309))
+    bias = torch.randn(1 if "b" in shared else 3, 1 if "h" in shared else 2, 309, 129, dtype=torch.float16)
+    at = [const(0) if dim in shared else index(dim) for dim in "bh"]
+    root = apply("add", SCORE, load(0, "float", [*at, index("q"), index("k")]))
+    visible = apply("le", index("k"), index("q"))
+    text = Program(apply("where", visible, root, const(float("-inf"))) if masked else root, (Capture("float", 4),)).text
+    launches, was = [], configs.SLOTS
+    calls._backwards.clear()  # plans with slots of another size
+    configs.SLOTS = slots
+    run = backward_kernels.dq_tiles.run
+    backward_kernels.dq_tiles.run = lambda *args, **kwargs: (launches.append(kwargs["grid"]), run(*args, **kwargs))[1]
+    try:
+        with force("triton"):
+            out, lse = ATTENTION(q, k, v, [bias], [], text, 0.0, None)
+            *_, (ours,) = ATTENTION_BACKWARD(do, q, k, v, [bias], [], text, 0.0, None, out, lse, [True])
+    finally:
+        configs.SLOTS = was
+        del backward_kernels.dq_tiles.run
 
     def gradient(dtype: torch.dtype) -> torch.Tensor:
         x, y, z, b = (t.to(dtype) for t in (q, k, v, bias))
-        (found,) = torch.autograd.grad((x @ y.mT + b.requires_grad_()).softmax(-1) @ z, b, do.to(dtype))
+        scores = x @ y.mT + b.requires_grad_()
+        if masked:
+            scores = scores.masked_fill(torch.ones(309, 129, dtype=torch.bool).triu(1), float("-inf"))
+        (found,) = torch.autograd.grad(scores.softmax(-1) @ z, b, do.to(dtype))
         return found.double()
 
     exact = gradient(torch.float64)
-    return (ours.double() - exact).abs().max().item(), (gradient(torch.float16) - exact).abs().max().item()
+    errors = [(found - exact).abs().max().item() for found in (ours.double(), gradient(torch.float16))]
+    return errors[0], errors[1], len(launches)
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
-def test_the_gradient_of_a_table_in_its_own_dtype(worker: ProcessPoolExecutor, shared: bool) -> None:
-    ours, eager = worker.submit(stored_gradient, shared).result()
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(
+    "shared,slots,launches",
+    [
+        ("", 1 << 20, 1),
+        ("b", 1 << 20, 1),
+        ("b", 1 << 19, 2),
+        ("h", 1 << 17, 9),
+        ("bh", 5 << 17, 2),
+        ("", 1, 1),
+        ("b", 1, 1),
+        ("bh", 1, 1),
+    ],
+    ids=["own", "batches", "in turns", "heads, a tile a turn", "both, a rest", "own, no slots", "batches, no slots", "both, no slots"],
+)
+def test_the_gradient_of_a_table_in_its_own_dtype(
+    worker: ProcessPoolExecutor, shared: str, slots: int, launches: int, masked: bool
+) -> None:
+    ours, eager, times = worker.submit(stored_gradient, shared, slots, masked).result()
     assert 0 < ours <= 2 * eager
+    assert times == launches
 
 
 def test_contiguous_memory(worker: ProcessPoolExecutor) -> None:
