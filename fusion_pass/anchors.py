@@ -1,7 +1,7 @@
 """Anchors: which softmaxes of a graph may be attention, before anything is described.
 
-A softmax is one if its result, at its full size and through any calls, reaches a product of matrices.  What the calls between
-them do is for `match` to judge; here a softmax only must not be overlooked.
+A softmax is one if its result, at its full size (or without one column, see `sinks`) and through any calls, reaches a
+product of matrices.  What the calls between them do is for `match` to judge; here a softmax only must not be overlooked.
 """
 
 # sympy is not typed
@@ -58,8 +58,7 @@ def _is_softmax(record: Record) -> bool:
 
 
 def reaches_product(users: dict[Value, list[Record | Value]], start: Value) -> tuple[Record, int] | None:
-    """The first product that reads a value of the size of `start` made from it."""
-    size = sympy.expand(sympy.Mul(*map(expr_of, start.shape)))
+    """The first product that reads a value of the size of `start`, or without one of its columns, made from it."""
     todo, seen = [start], {start}
     while todo and len(seen) < MAX_REACH:
         value = todo.pop(0)
@@ -74,7 +73,19 @@ def reaches_product(users: dict[Value, list[Record | Value]], start: Value) -> t
                     return record, record.args[first : first + 2].index(value)
                 continue
             for out in record.outputs:
-                if out not in seen and same(sympy.Mul(*map(expr_of, out.shape)), size):
+                if out not in seen and (same(_size(out), _size(value)) or _shorter_by_one(record, value, out)):
                     seen.add(out)
                     todo.append(out)
     return None
+
+
+def _size(value: Value) -> sympy.Expr:
+    return sympy.expand(sympy.Mul(*map(expr_of, value.shape)))
+
+
+def _shorter_by_one(record: Record, value: Value, out: Value) -> bool:
+    """Whether a call leaves out the first or the last element of one dim."""
+    if record.op not in ("slice.Tensor", "split.Tensor", "split_with_sizes.default"):
+        return False
+    less = [expr_of(a) - expr_of(b) for a, b in zip(value.shape, out.shape, strict=True) if not same(expr_of(a), expr_of(b))]
+    return len(less) == 1 and same(less[0], sympy.S.One)

@@ -6,6 +6,7 @@ a tensor that is loaded.  Leaves beyond those of a score program, all internal t
 
     sym      an integer expression over axes (attr: sympy)
     value    an element of a tensor (attr: value id, index)
+    join     the same, of a tensor put together from parts of which one is made of scores (`joins`)
     dot      sum over an axis of a product (attr: record seq, a id, a index, b id, b index, axis)
     softmax, log_softmax, sum, amax, logsumexp (one arg, attr: bound axis, ...)
     dropout (one arg, attr: p, record seq, index), bernoulli (attr: probability of 1, record seq, index)
@@ -20,7 +21,7 @@ import sympy
 import torch
 from fusion_kernels.program import Node, apply, postorder, rebuild
 
-from . import kinds, pointwise, reductions
+from . import joins, kinds, pointwise, reductions
 from .float16_masks import rounded_sum
 from .indexing import Axes, expr_of
 from .kinds import has_score, sym
@@ -63,12 +64,12 @@ def unrounded(node: Node) -> Node:
     return rebuild(node, step)
 
 
-INDEXED = frozenset({"value", "dot", "dropout", "bernoulli"})
+INDEXED = frozenset({"value", "join", "dot", "dropout", "bernoulli"})
 REDUCTIONS = frozenset({"softmax", "log_softmax", "sum", "amax", "logsumexp"})
 
 
 DETACHING = frozenset({"detach.default"})
-RULES = {**pointwise.RULES, **reductions.RULES}
+RULES = {**pointwise.RULES, **reductions.RULES, **joins.RULES}
 
 
 class Describer:
@@ -81,7 +82,8 @@ class Describer:
         self.memo: dict[tuple[int, tuple[sympy.Expr, ...]], Node] = {}
         self.held: dict[Node, list[tuple[Value, tuple[sympy.Expr, ...]]]] = {}  # node -> tensors that hold its value
         self.steps: dict[tuple[int, tuple[sympy.Expr, ...]], tuple[Value, list[sympy.Expr]] | None] = {}
-        self.bound: dict[int, sympy.Symbol] = {}  # record seq -> its reduced axis
+        self.bound: dict[tuple[int, int], sympy.Symbol] = {}  # record seq, which -> the axis that the call binds
+        self.kept: dict[sympy.Symbol, sympy.Symbol] = {}  # axis of a softmax -> that of its columns which are keys
         self.seen: set[Value] = set()
 
     def element(self, value: Value, index: Index) -> Node:
@@ -174,10 +176,16 @@ class Describer:
         tail = index[len(index) - rank :] if rank else ()
         return tuple(sympy.S.Zero if expr_of(s) == 1 else i for s, i in zip(x.shape, tail, strict=True))
 
-    def bound_axis(self, record: Record, size: Any, name: str) -> sympy.Symbol:
-        if record.seq not in self.bound:
-            self.bound[record.seq] = self.axes.new(f"{name}{record.seq}", expr_of(size))
-        return self.bound[record.seq]
+    def bound_axis(self, record: Record, size: Any, name: str, which: int = 0) -> sympy.Symbol:
+        if (record.seq, which) not in self.bound:
+            self.bound[record.seq, which] = self.axes.new(f"{name}{record.seq}", expr_of(size))
+        return self.bound[record.seq, which]
+
+    def kept_axis(self, axis: sympy.Symbol, key: sympy.Symbol) -> sympy.Symbol:
+        """A bound axis as long as `key`, for what is left of `axis`."""
+        if axis not in self.kept:
+            self.kept[axis] = self.axes.new(f"{axis.name}_kept", self.axes.sizes[key])
+        return self.kept[axis]
 
     def product(self, record: Record, index: Index) -> Node:
         """bmm, mm and their forms with an addend: ``alpha * dot + beta * addend``."""
@@ -215,6 +223,8 @@ class Describer:
         def step(n: Node, args: tuple[Node, ...]) -> Node | None:
             if n.op == "sym":
                 return sym(move(n.attr))
+            if n.op == "join":
+                return self.element(self.shadow.values[n.attr[0]], move(n.attr[1]))  # pyright: ignore
             if n.op in INDEXED or n.op in REDUCTIONS:
                 return Node.make(n.op, *args, attr=move(n.attr), kind=n.kind)
             return None

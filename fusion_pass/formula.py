@@ -25,8 +25,10 @@ _LONGEST = 400
 
 
 def formula(program: Program, names: Sequence[str], params: Sequence[str]) -> str:
-    """``softmax(...)`` of the score, with the user's names for tensors and sizes."""
-    text = f"softmax({_Printer(names, params).text(program.root)})"
+    """``softmax(...)`` of the score, with the user's names for tensors and sizes; ``softmax([score, sink])`` with a sink."""
+    printer = _Printer(names, params)
+    text = printer.text(program.root)
+    text = f"softmax({text})" if program.sink is None else f"softmax([{text}, {printer.text(program.sink)}])"
     return text if len(text) <= _LONGEST else text[: _LONGEST - 4] + " ...)"
 
 

@@ -140,6 +140,10 @@ class Axes:
         top = self.upper(r)
         return top is not None and _nonnegative(n - 1 - top) and self._not_negative(r)
 
+    def inside(self, expr: sympy.Expr, n: sympy.Expr) -> bool:
+        """Whether ``0 <= expr < n`` is evident."""
+        return self._below(expr, n)
+
     def _not_negative(self, expr: sympy.Expr) -> bool:
         return all(t.as_coeff_Mul()[0] >= 0 for t in sympy.Add.make_args(sympy.expand(expr)))
 

@@ -22,7 +22,7 @@ def sym(expr: Any) -> Node:
 
 def has_score(node: Node) -> bool:
     """Whether a product of matrices is read below."""
-    return any(n.op == "dot" for n in postorder(node))
+    return any(n.op in ("dot", "join") for n in postorder(node))
 
 
 # ---------------------------------------------------------------- kinds

@@ -50,7 +50,8 @@ class Match:
     k: Factor
     v: Factor
     draw: Draw | None = None
-    zero_rows: bool = False  # torch's safe softmax: a row without a key gives zeros
+    zero_rows: bool = False  # torch's safe softmax: a row without a key gives zeros; with a sink, it is the sink's
+    sink: Node | None = None  # a score without a key, over the axes of the rows (`sinks`)
     walked: set[Value] = field(default_factory=set)  # every value between the factors and the output
 
     @property
@@ -140,6 +141,7 @@ class _Matcher:
         node, draw = find_softmax(self.d, self.anchor, self.d.element(probabilities, at), key)
         self.key, _, zero_rows = node.attr  # pyright: ignore
         body, dot, q_chain, k_chain = self._score(node.args[0])
+        sink = node.args[1] if len(node.args) > 1 else None
         v_at = (*lead, key, self.dim) if side == 0 else (*lead, self.dim, key)
         v_chain = chain_of(self.d, values, v_at)
         new_splits = self._new_splits()
@@ -177,6 +179,7 @@ class _Matcher:
             v,
             draw,
             zero_rows,
+            sink,
             walked,
         )
 

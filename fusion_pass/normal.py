@@ -9,6 +9,8 @@ Rules, each an identity of IEEE arithmetic too, up to rounding; c is the largest
     softmax(x - c)                   = softmax(x)
     softmax(a (x - c))               = softmax(a x)
 
+A softmax of which one column is no key, or whose sum has one more term, is one with a sink: see `sinks`.
+
 The shift, where values are not finite.  A row of -inf has c = -inf, and x - c is NaN throughout: so is its softmax.  A row
 with +inf or NaN has such a c; x - c is NaN at that place, and one NaN makes the whole row NaN.  With a < 0 it would not: a x
 turns +inf into -inf, which a softmax takes for a masked key.
@@ -29,25 +31,26 @@ import sympy
 from fusion_kernels.program import Node, apply
 
 from .describe import Describer
+from .sinks import log_of, settled, with_sink
 
 __all__ = ["as_softmax"]
 
 
 def as_softmax(d: Describer, node: Node, position: sympy.Symbol) -> Node | None:
-    """`node` as softmax (arg: the scores over the bound axis; attr: axis, position, zero_rows), or None where it is no softmax.
+    """`node` as softmax (args: the scores over the bound axis, and a sink if there is one; attr: axis, position, zero_rows).
 
-    position: the axis along which the probabilities are read.
+    None where it is no softmax. position: the axis of the keys, along which the probabilities are read.
     """
     if node.op == "narrowed":
         return None
     if node.op == "softmax":
-        axis, _, zero_rows = node.attr  # pyright: ignore[reportGeneralTypeIssues]
+        axis, place, zero_rows = node.attr  # pyright: ignore[reportGeneralTypeIssues]
         if zero_rows:
             return node  # a row of -inf gives 0 there, and NaN once it is shifted
-        return Node.make("softmax", _unshifted(d, node.args[0], axis), attr=node.attr, kind="float")
+        return _softmax(d, node.args[0], axis, place, position)
     if node.op == "exp" and node.args[0].op == "log_softmax":
-        inner = node.args[0]
-        return Node.make("softmax", *inner.args, attr=inner.attr, kind="float")
+        axis, place, _ = node.args[0].attr  # pyright: ignore
+        return _softmax(d, node.args[0].args[0], axis, place, position)
     if node.op == "exp" and node.args[0].op == "sub" and node.args[0].args[1].op == "logsumexp":
         at, total = node.args[0].args
         return _matched(d, at, total.args[0], total.attr[0], position)  # pyright: ignore
@@ -55,9 +58,16 @@ def as_softmax(d: Describer, node: Node, position: sympy.Symbol) -> Node | None:
     if quotient is None:
         return None
     at, total = quotient
+    total, rest = _sum_and_rest(total)
     if at.op != "exp" or total.op != "sum" or total.args[0].op != "exp":
         return None
-    return _matched(d, at.args[0], total.args[0].args[0], total.attr[0], position)  # pyright: ignore
+    body, axis = total.args[0].args[0], total.attr[0]  # pyright: ignore
+    if rest is None:
+        return _matched(d, at.args[0], body, axis, position)
+    sink = log_of(rest)
+    if sink is None or d.substitute(body, {axis: position}) is not at.args[0]:
+        return None
+    return settled(d, body, *sink, axis, position)
 
 
 def _quotient(node: Node) -> tuple[Node, Node] | None:
@@ -70,11 +80,28 @@ def _quotient(node: Node) -> tuple[Node, Node] | None:
     return None
 
 
+def _sum_and_rest(total: Node) -> tuple[Node, Node | None]:
+    """A sum over keys, and the term that is added to it."""
+    if total.op == "add":
+        for a, b in (total.args, total.args[::-1]):
+            if a.op == "sum":
+                return a, b
+    return total, None
+
+
 def _matched(d: Describer, at: Node, body: Node, axis: sympy.Symbol, position: sympy.Symbol) -> Node | None:
-    """softmax of `body` over `axis`, if `at` is `body` with the axis at `position`."""
-    if d.substitute(body, {axis: position}) is not at:
-        return None
-    return Node.make("softmax", _unshifted(d, body, axis), attr=(axis, position, False), kind="float")
+    """softmax of `body` over `axis`, if `at` is `body` with the axis at `position`, or one further."""
+    for place in (position, position + 1):
+        if d.substitute(body, {axis: place}) is at:
+            return _softmax(d, body, axis, place, position)
+    return None
+
+
+def _softmax(d: Describer, body: Node, axis: sympy.Symbol, place: sympy.Expr, position: sympy.Symbol) -> Node:
+    """softmax of `body` over `axis`, read at `place`: with a sink, where one column is left out."""
+    body = _unshifted(d, body, axis)
+    found = with_sink(d, body, axis, position, place)
+    return found or Node.make("softmax", body, attr=(axis, place, False), kind="float")
 
 
 def _unshifted(d: Describer, body: Node, axis: sympy.Symbol) -> Node:

@@ -23,7 +23,7 @@ from .tape import Record, Value
 if TYPE_CHECKING:
     from .describe import Describer
 
-__all__ = ["RULES", "Rule", "args_of"]
+__all__ = ["RULES", "Rule", "args_of", "clamped"]
 
 Rule = Callable[["Describer", Record, Any, Value], "Node | None"]
 
@@ -161,7 +161,7 @@ def _masked_fill(d: Describer, record: Record, index: Any, value: Value) -> Node
     return _select(mask, cast(fill, value.dtype), x)
 
 
-def _clamped(x: Node, low: Node | None, high: Node | None) -> Node:
+def clamped(x: Node, low: Node | None, high: Node | None) -> Node:
     """where-forms with the gradient of torch's clamp: 1 inside the closed interval, 0 outside and at NaN."""
     inner = x if high is None else apply("where", apply("gt", *promote(x, high)), *promote(high, x))
     if low is not None:
@@ -179,7 +179,7 @@ def _clamp(which: str) -> Rule:
             given = record.args[position] if len(record.args) > position else record.kwargs.get(name)
             if given is not None:
                 found[name] = d.arg(given, record, index)
-        return _clamped(x, found.get("min"), found.get("max"))
+        return clamped(x, found.get("min"), found.get("max"))
 
     return rule
 

@@ -74,7 +74,8 @@ class _Writer:
     def run(self) -> Scores:
         if sum(1 for _ in postorder(self.m.body)) > MAX_NODES:
             raise Refused(Reason.TOO_LARGE, f"a score of more than {MAX_NODES} operations", "a shorter score")
-        for node in postorder(self.m.body):
+        sinks = [self.m.sink] if self.m.sink is not None else []
+        for node in postorder(self.m.body, *sinks):
             if node.op in REDUCTIONS and has_score(node):
                 raise Refused(
                     Reason.NOT_EXPRESSIBLE, f"{node.op} over the scores inside the softmax", "a pointwise function of q.k"
@@ -82,10 +83,26 @@ class _Writer:
             if node.op == "dropout":
                 raise Refused(Reason.NOT_EXPRESSIBLE, "dropout of the scores before the softmax", "dropout after the softmax")
         root = p.apply("to_float", self.write(self.m.body))
-        read = {n.attr: Capture(n.kind, len(n.args)) for n in postorder(root) if n.op == "load"}
+        sinks = [self._sink(z) for z in sinks]
+        read = {n.attr: Capture(n.kind, len(n.args)) for n in postorder(root, *sinks) if n.op == "load"}
         # what folding left unread stays a capture, for its gradient is zero in eager, not absent
         captures = tuple(read.get(i) or _unread(c) for i, c in enumerate(self.captures))
-        return Scores(Program(root, captures, len(self.params), self.m.zero_rows), self.captures, self.params)
+        return Scores(Program(root, captures, len(self.params), self.m.zero_rows, *sinks), self.captures, self.params)
+
+    def _sink(self, sink: Node) -> Node:
+        """The score of a column that is in the softmax and has no value.
+
+        Raises:
+            Refused: (NOT_EXPRESSIBLE) it is the score of a key, or another one for each key.
+        """
+        product = self.m.dot.attr[0]  # pyright: ignore[reportOptionalSubscript, reportIndexIssue]
+        if any(n.op == "dot" and n.attr[0] == product for n in postorder(sink)):  # pyright: ignore
+            seen = "the probability of a key is left out of the product with the values"
+            raise Refused(Reason.NOT_EXPRESSIBLE, seen, "every key, or a column that is no key (an attention sink)")
+        root = p.apply("to_float", self.write(sink))
+        if root.depends_on("score", "k"):
+            raise Refused(Reason.NOT_EXPRESSIBLE, "a sink that depends on the keys", "a column that is no key, the same for all")
+        return root
 
     def _mixed_radix(self, axes: list[sympy.Symbol], whole: Node) -> dict[sympy.Symbol, Node]:
         """Each axis of a merged index: ``(whole // below) % size``."""
