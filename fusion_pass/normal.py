@@ -31,6 +31,7 @@ import sympy
 from fusion_kernels.program import Node, apply
 
 from .describe import Describer
+from .shifts import is_row_maximum
 from .sinks import log_of, settled, with_sink
 
 __all__ = ["as_softmax"]
@@ -106,7 +107,7 @@ def _softmax(d: Describer, body: Node, axis: sympy.Symbol, place: sympy.Expr, po
 
 def _unshifted(d: Describer, body: Node, axis: sympy.Symbol) -> Node:
     """`body` without the row maxima that are subtracted from it along `axis`."""
-    if body.op == "sub" and _is_row_maximum(d, body.args[1], body.args[0], axis):
+    if body.op == "sub" and is_row_maximum(d, body.args[1], body.args[0], axis):
         return _unshifted(d, body.args[0], axis)
     if body.op == "narrowed":
         inner = _unshifted(d, body.args[0], axis)
@@ -122,11 +123,3 @@ def _unshifted(d: Describer, body: Node, axis: sympy.Symbol) -> Node:
 
 def _is_positive(node: Node) -> bool:
     return node.op == "const" and 0 < node.attr < math.inf  # pyright: ignore[reportOperatorIssue]
-
-
-def _is_row_maximum(d: Describer, node: Node, body: Node, axis: sympy.Symbol) -> bool:
-    """Whether `node` is the largest value of `body` along `axis`, whether gradients flow through it or not."""
-    node = d.beyond(node)
-    if node.op != "amax":
-        return False
-    return d.substitute(node.args[0], {node.attr[0]: axis}) is body  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]

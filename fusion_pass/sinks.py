@@ -28,6 +28,7 @@ from .describe import Describer, symbols_of
 from .indexing import same
 from .kinds import has_score
 from .pointwise import clamped
+from .shifts import is_row_maximum
 
 __all__ = ["log_of", "settled", "with_sink"]
 
@@ -51,13 +52,10 @@ def settled(d: Describer, body: Node, sink: Node, more: float, axis: sympy.Symbo
     zero_rows = True
     while (parts := _difference(body)) is not None and (other := _difference(sink)) is not None and parts[1] is other[1]:
         shift = d.beyond(parts[1])
-        largest = next((n for n in postorder(shift) if n.op == "amax"), None)
-        if largest is None or d.substitute(largest.args[0], {largest.attr[0]: axis}) is not parts[0]:
+        largest = next((n for n in postorder(shift) if is_row_maximum(d, n, parts[0], axis)), None)
+        if largest is None or (shift is not largest and (more or shift not in _larger(largest, other[0]))):
             break
-        if shift is largest:
-            zero_rows = False
-        elif more or shift not in _larger(largest, other[0]):
-            break
+        zero_rows &= shift is not largest
         body, sink = parts[0], other[0]
     if any(n.op == "amax" and has_score(n) for n in postorder(body, sink)) or position in symbols_of(sink):
         return None

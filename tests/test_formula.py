@@ -43,3 +43,8 @@ def test_mask_facts(name: str) -> None:
 def test_formula() -> None:
     program = masked(apply("and", CAUSAL, KEEP), Capture("bool", 2))
     assert formula(program, ["keep"], []) == "softmax(where(k <= q and keep[b, k], q k^T, -inf))"
+
+
+def test_formula_with_a_sink() -> None:
+    program = Program(apply("mul", SCORE, const(0.125)), (Capture("float", 1),), zero_rows=True, sink=load(0, "float", [H]))
+    assert formula(program, ["sinks"], []) == "softmax([q k^T / 8, sinks[h]])"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from spellings import biases, contexts, layouts, masks, products, scales, softmaxes, structures  # noqa: F401 - each fills the table
+# each fills the table
+from spellings import biases, contexts, layouts, masks, products, scales, sinks, softmaxes, structures  # noqa: F401
 from spellings.table import SPELLINGS, Spelling, T, make_input, make_inputs
 
 __all__ = ["SPELLINGS", "Spelling", "T", "make_input", "make_inputs"]
