@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from fusion_kernels import cudnn
 from fusion_kernels.program import Program
 from fusion_kernels.sdpa import Form, form
@@ -22,6 +23,9 @@ from torch._functorch import config
 from .match import Match
 
 __all__ = ["plain"]
+
+# Whether torch itself leaves cuDNN where the batch is too large for it, as it does since April 2026 (pytorch#180718).
+CHECKS_BATCH = torch.__version__ >= (2, 13)  # pyright: ignore[reportOperatorIssue]
 
 
 def plain(match: Match, program: Program, *, trained: bool, body: bool, site: int) -> Form | None:
@@ -39,10 +43,13 @@ def plain(match: Match, program: Program, *, trained: bool, body: bool, site: in
         return None
     if match.q.dtype not in cudnn.HALVES or not match.q.dtype == match.k.dtype == match.v.dtype:
         return None
-    n, m, d, dv = match.q.shape[2], match.k.shape[2], match.q.shape[3], match.v.shape[3]
+    (b, h, n, d), m, dv = match.q.shape, match.k.shape[2], match.v.shape[3]
     if not all(size.is_Integer for size in (m, d, dv)) or not (n.is_Integer or not found.causal):
         return None
-    if not cudnn.fits(int(n) if n.is_Integer else -1, int(m), int(d), int(dv), found.causal):
+    if not (CHECKS_BATCH or b.is_Integer and h.is_Integer):
+        return None
+    b, h, n = (int(size) if size.is_Integer else -1 for size in (b, h, n))
+    if not cudnn.fits(b, h, n, int(m), int(d), int(dv), found.causal):
         return None
     return _apart(found, site) if match.dropout_p else found
 

@@ -20,7 +20,7 @@ from torch._functorch.compile_utils import fx_graph_cse
 from torch.utils.checkpoint import checkpoint
 
 import fusion_pass
-from fusion_pass import pipeline
+from fusion_pass import pipeline, plain
 from fusion_pass.site import Reason
 
 
@@ -144,6 +144,17 @@ def test_unknown_lengths_are_left_to_the_op() -> None:
     assert compiled(causal, tensors(), dynamic=True) == ["op"]
     assert compiled(other_scale, tensors(), dynamic=True) == ["op"]
     assert named() == ("cudnn or triton", "cudnn or triton")
+
+
+@pytest.mark.parametrize(("checks", "called"), [(True, "sdpa"), (False, "op")])
+def test_an_unknown_batch(monkeypatch: pytest.MonkeyPatch, checks: bool, called: str) -> None:
+    """cuDNN takes up to 65535 of it; where torch does not look, the op does."""
+    monkeypatch.setattr(plain, "CHECKS_BATCH", checks)
+    recorder, inputs = Recorder(), tensors()
+    for tensor in inputs:
+        torch._dynamo.mark_dynamic(tensor, 0)
+    compile_always(causal, recorder)(*inputs)
+    assert kernels(recorder) == [called]
 
 
 # ---------------------------------------------------------------- with dropout

@@ -30,16 +30,28 @@ LARGEST_HEAD_DIM = 256
 # Rows that hold nothing but -inf are zeros in cuDNN and NaN in eager. With no mask but the causal one such a row needs an
 # infinite q or k whose every product is -inf; with this many keys that takes a column of k without one negative element.
 FEWEST_KEYS = 64
-# Its kernels draw dropout in steps of 1/16: at p = 0.1 they drop another part than a tenth, without a word (pytorch#174245; torch
-# 2.11 goes there all the same, later ones to flash attention). A multiple of 1/16 is exact in both.
+# Some of its kernels draw dropout in steps of 1/16: at p = 0.1 they drop another part than a tenth, without a word, and torch from
+# 2.12 on goes to flash attention with such a rate (pytorch#174245). Hopper's are exact: on one H200 under 9.19 they dropped 0.01,
+# 0.1, 0.2 and 0.3 of 10^5 to 10^8 probabilities to within chance (D = 32 to 256, N = 128, 197, 512, causal or not, both dtypes).
 DROPOUT_STEPS = 16
+ANY_RATE = torch.__version__ < (2, 12)  # what scaled_dot_product_attention sends to cuDNN
+# Lengths that are no multiple of 128 need a fix of 9.15.1. torch's own choice asks for a version above 9.15.0 as well, and its
+# wheels for CUDA 12 come with an older one (pytorch#169849, #171627; `check_prefer_cudnn_attention` in torch's sdp_utils.cpp).
+OLDEST = 91501
+LARGEST_BATCH = 65535  # of batch and of heads, each: from 65536 on the call fails (pytorch#181085, #180718)
 
 aten = torch.ops.aten
 
 
 @lru_cache(maxsize=64)
 def _hopper(index: int) -> bool:
-    return torch.cuda.get_device_capability(index) >= (9, 0) and torch.backends.cudnn.is_available()
+    return torch.cuda.get_device_capability(index) >= (9, 0)
+
+
+@lru_cache(maxsize=1)
+def _sound() -> bool:
+    """Whether cuDNN is there, and recent enough to trust."""
+    return torch.backends.cudnn.is_available() and (torch.backends.cudnn.version() or 0) >= OLDEST
 
 
 def available(device: torch.device) -> bool:
@@ -50,7 +62,9 @@ def available(device: torch.device) -> bool:
     if device.type != "cuda" or not torch.cuda.is_available():
         return False
     index = device.index if device.index is not None else torch.cuda.current_device()
-    return _hopper(index) and torch.backends.cuda.cudnn_sdp_enabled() and not torch.are_deterministic_algorithms_enabled()
+    if not (_hopper(index) and _sound()):
+        return False
+    return torch.backends.cuda.cudnn_sdp_enabled() and not torch.are_deterministic_algorithms_enabled()
 
 
 @lru_cache(maxsize=1024)
@@ -67,14 +81,20 @@ def _readable(t: Tensor) -> bool:
     return all(s > 0 and s % 8 == 0 for n, s in zip(t.shape[:3], t.stride()[:3], strict=True) if n > 1)
 
 
-def fits(n: int, m: int, d: int, dv: int, causal: bool) -> bool:
-    """Whether it takes these sizes: lengths of queries and keys, head dims of q and v. A causal mask starts top left here."""
+def fits(b: int, h: int, n: int, m: int, d: int, dv: int, causal: bool) -> bool:
+    """Whether it takes these sizes: batch, heads of q, lengths of queries and keys, head dims of q and v.
+
+    A causal mask starts top left here.
+    """
+    if max(b, h) > LARGEST_BATCH:
+        return False
     return d % 8 == 0 and 0 < d <= LARGEST_HEAD_DIM and dv == d and m >= FEWEST_KEYS and not (causal and n != m)
 
 
-def drops(p: float) -> bool:
-    """Whether it has dropout at exactly this rate."""
-    return 0 < p < 1 and (p * DROPOUT_STEPS) % 1 == 0
+def drops(p: float, device: torch.device) -> bool:
+    """Whether cuDNN's dropout through scaled_dot_product_attention has exactly this rate; `available` is asked apart."""
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return 0 < p < 1 and ((p * DROPOUT_STEPS) % 1 == 0 or (ANY_RATE and torch.cuda.get_device_capability(index) == (9, 0)))
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor, program: Program, dropout_p: float) -> bool:
@@ -83,7 +103,8 @@ def supports(q: Tensor, k: Tensor, v: Tensor, program: Program, dropout_p: float
         return False
     f = form(program)
     assert f is not None
-    if 0 in (*q.shape, *k.shape) or not fits(q.shape[2], k.shape[2], q.shape[3], v.shape[3], f.causal):
+    b, h, n, d = q.shape
+    if 0 in (*q.shape, *k.shape) or not fits(b, h, n, k.shape[2], d, v.shape[3], f.causal):
         return False
     return _readable(q) and _readable(k) and _readable(v)
 

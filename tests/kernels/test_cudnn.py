@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -70,6 +71,8 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
     "odd strides": {"k": torch.zeros(2, 2, 128, 68, dtype=HALF)[..., :64]},
     "expanded": {"k": torch.zeros(1, 2, 128, 64, dtype=HALF).expand(2, 2, 128, 64)},
     "no query": {"n": 0},
+    "a large batch": {"q": torch.zeros(65536, 1, 1, 8, dtype=HALF), "d": 8, "dv": 8},
+    "many heads": {"q": torch.zeros(1, 65536, 1, 8, dtype=HALF), "d": 8, "dv": 8},
 }
 
 
@@ -86,6 +89,41 @@ def test_rates_of_dropout(p: float) -> None:
 @pytest.mark.parametrize("p", [0.0, 0.01, 0.1, 0.3, 1 / 3, 0.125 + 1e-6, 0.99, 1.0])
 def test_rates_between_its_steps(p: float) -> None:
     assert not cudnn.drops(p)
+
+
+def test_batch_and_heads() -> None:
+    sizes = {"n": 128, "m": 128, "d": 64, "dv": 64, "causal": False}
+    assert cudnn.fits(65535, 65535, **sizes)
+    assert not cudnn.fits(65536, 1, **sizes) and not cudnn.fits(1, 65536, **sizes)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """As if there were one; the caches of what is there are empty before and after."""
+    caches = (cudnn._hopper, cudnn._sound)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    for cache in caches:
+        cache.cache_clear()
+    yield monkeypatch
+    for cache in caches:
+        cache.cache_clear()
+
+
+# 9.15.0 is the last release that fails at lengths that are no multiple of 128
+@pytest.mark.parametrize(("version", "sound"), [(None, False), (91002, False), (91500, False), (91501, True), (91900, True)])
+def test_versions(hopper: pytest.MonkeyPatch, version: int | None, sound: bool) -> None:
+    hopper.setattr(torch.backends.cudnn, "version", lambda: version)
+    device = torch.device("cuda", 0)
+    assert cudnn.available(device) == sound
+    assert kernel_for(device, HALF, HALF, CAUSAL) == ("cudnn" if sound else "triton")
+
+
+def test_older_devices(hopper: pytest.MonkeyPatch) -> None:
+    hopper.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    hopper.setattr(torch.cuda, "get_device_capability", lambda index: (8, 9))
+    assert not cudnn.available(torch.device("cuda", 0))
 
 
 def test_devices() -> None:
