@@ -42,8 +42,10 @@ def find_anchors(shadow: Shadow) -> list[Anchor]:
         found = reaches_product(users, start)
         if found is not None:
             anchors.append(Anchor(record, *found))
+    anchors.sort(key=lambda a: a.record.op == "logsumexp.default")  # of the scores, beside their softmax
     taken: set[tuple[int, int]] = set()
-    return [a for a in anchors if (a.product.seq, a.side) not in taken and not taken.add((a.product.seq, a.side))]
+    found = [a for a in anchors if (a.product.seq, a.side) not in taken and not taken.add((a.product.seq, a.side))]
+    return sorted(found, key=lambda a: a.record.seq)
 
 
 def _is_softmax(record: Record) -> bool:

@@ -68,7 +68,7 @@ def _check_writes(shadow: Shadow, match: Match, scores: Scores) -> None:
 
     What was written before their use, by index or through a view, is in them: keys put together in a tensor of their own.
     """
-    end = match.anchor.product.seq
+    end = match.end
     read: Iterable[Value] = [match.q.value, match.k.value, match.v.value, *(c for c in scores.captures if isinstance(c, Value))]
     for value in read:
         if shadow.written_between(value, value.seq, end):

@@ -22,6 +22,7 @@ from .anchors import Anchor
 from .describe import Describer
 from .dropout import Draw, check_own_bits
 from .factors import Factor, chain_of, factor
+from .gates import find_gate, sink_of
 from .indexing import Axes, expr_of, same, whole
 from .layout import Step, linear_terms
 from .probabilities import find_softmax, written
@@ -52,6 +53,7 @@ class Match:
     draw: Draw | None = None
     zero_rows: bool = False  # torch's safe softmax: a row without a key gives zeros; with a sink, it is the sink's
     sink: Node | None = None  # a score without a key, over the axes of the rows (`sinks`)
+    end: int = 0  # the number of the call in whose place the op stands: the product with the values, or a gate on it
     walked: set[Value] = field(default_factory=set)  # every value between the factors and the output
 
     @property
@@ -65,6 +67,8 @@ def match(shadow: Shadow, anchor: Anchor) -> Match:
     Raises:
         Refused: it is no attention, or not one that can be described exactly.
     """
+    with suppress(Refused):
+        return _split(shadow, anchor, gated=True)
     try:
         return _split(shadow, anchor)
     except Refused as refusal:
@@ -76,14 +80,18 @@ def match(shadow: Shadow, anchor: Anchor) -> Match:
         raise
 
 
-def _split(shadow: Shadow, anchor: Anchor, one: Record | None = None) -> Match:
+def _split(shadow: Shadow, anchor: Anchor, one: Record | None = None, gated: bool = False) -> Match:
     splits: dict[str, list[sympy.Expr]] = {}
     for _ in range(4):  # each round may find that a merged batch axis has to be split further
-        result = _Matcher(shadow, anchor, splits, one).run()
+        result = _Matcher(shadow, anchor, splits, one, gated).run()
         if isinstance(result, Match):
             return result
         splits = result
     raise Refused(Reason.LAYOUT, "batch and head dims that are merged and split in ways that do not nest")
+
+
+def _no_gate() -> Refused:
+    return Refused(Reason.NO_VALUES, "no gate that is a sink stands on the output", "the sigmoid of a log-sum-exp less a sink")
 
 
 def _products_of_one(shadow: Shadow, anchor: Anchor) -> list[Record]:
@@ -109,8 +117,10 @@ def _outer(record: Record) -> bool:
 
 
 class _Matcher:
-    def __init__(self, shadow: Shadow, anchor: Anchor, splits: dict[str, list[sympy.Expr]], one: Record | None) -> None:
-        self.shadow, self.anchor, self.splits = shadow, anchor, splits
+    def __init__(
+        self, shadow: Shadow, anchor: Anchor, splits: dict[str, list[sympy.Expr]], one: Record | None, gated: bool
+    ) -> None:
+        self.shadow, self.anchor, self.splits, self.gated = shadow, anchor, splits, gated
         self.axes = Axes()
         self.d = Describer(shadow, self.axes, anchor.product.grad, one)
 
@@ -119,6 +129,11 @@ class _Matcher:
         if product.op not in ("bmm.default", "mm.default"):
             raise Refused(Reason.NO_VALUES, f"{product.op} adds to the product with the values", "a plain product")
         output, chain = self._output(product)
+        gate = find_gate(self.shadow, output) if self.gated else None
+        if gate is not None:
+            output, chain = gate.record.outputs[0], [*gate.views, *chain]
+        elif self.gated:
+            raise _no_gate()
         probabilities, values = product.args[side], product.args[1 - side]
         places = [self._place(f"o{j}", expr_of(s)) for j, s in enumerate(output.shape)]
         index: list[sympy.Expr] = [p[0] for p in places]
@@ -142,6 +157,10 @@ class _Matcher:
         self.key, _, zero_rows = node.attr  # pyright: ignore
         body, dot, q_chain, k_chain = self._score(node.args[0])
         sink = node.args[1] if len(node.args) > 1 else None
+        if gate is not None:
+            sink = sink_of(self.d, gate, [p[0] for p in places], body, self.key) if sink is None and not zero_rows else None
+            if sink is None:
+                raise _no_gate()
         v_at = (*lead, key, self.dim) if side == 0 else (*lead, self.dim, key)
         v_chain = chain_of(self.d, values, v_at)
         new_splits = self._new_splits()
@@ -180,6 +199,7 @@ class _Matcher:
             draw,
             zero_rows,
             sink,
+            product.seq if gate is None else gate.record.seq,
             walked,
         )
 

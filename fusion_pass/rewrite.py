@@ -124,7 +124,7 @@ class Splicer:
         instead = {target: [n for value in reads for n in self._sources(value)]}
         live = self.liveness.live(instead)
         product = match.dot.attr[0]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
-        softmax, end = match.anchor.record.seq, match.anchor.product.seq
+        softmax, end = match.anchor.record.seq, match.end
         scored = self.shadow.made_from(product, end)
         if match.draw is not None:
             self._check_mask_unused(match, scored, live)
@@ -141,7 +141,7 @@ class Splicer:
     def _check_mask_unused(self, match: Match, own: set[Value], live: set[torch.fx.Node]) -> None:
         """The dropout mask goes with the site: what else reads it would see other bits than the op draws."""
         assert match.draw is not None
-        drawn = self.shadow.made_from(match.draw.record.seq, match.anchor.product.seq)
+        drawn = self.shadow.made_from(match.draw.record.seq, match.end)
         for value in sorted(drawn - own, key=lambda v: -v.seq):
             if value.node in live and value.node is not match.output.node:
                 raise Refused(Reason.DROPOUT, _reader(value.node, live, match.output.node), "a mask for each attention")
@@ -196,7 +196,7 @@ class Splicer:
 
     def _kept(self, node: torch.fx.Node, value: Value, match: Match) -> torch.fx.Node:
         """A copy, where something writes the tensor later: the op needs its inputs and its result again in the backward."""
-        late = self.shadow.written_between(value, match.anchor.product.seq, float("inf"))
+        late = self.shadow.written_between(value, match.end, float("inf"))
         return self.call("clone", node) if late else node
 
     def _factor(self, factor: Factor) -> torch.fx.Node:

@@ -126,7 +126,7 @@ class _Writer:
 
         Nor those of calls that merely take the scores, as ``bias.expand_as(scores)`` does: they would keep the scores alive.
         """
-        records = self.m.describer.shadow.between(self.m.dot.attr[0], self.m.anchor.product.seq)  # pyright: ignore
+        records = self.m.describer.shadow.between(self.m.dot.attr[0], self.m.end)  # pyright: ignore
         first, last = records[0], records[-1]
         nodes, node = {first.node}, first.node
         while node is not last.node:
@@ -189,7 +189,7 @@ class _Writer:
 
     def _holders(self, node: Node) -> list[tuple[Value, tuple[sympy.Expr, ...]]]:
         """Those of them that still hold it where the op reads them."""
-        shadow, end = self.m.describer.shadow, self.m.anchor.product.seq
+        shadow, end = self.m.describer.shadow, self.m.end
         return [(v, i) for v, i in self._held(node) if not shadow.written_between(v, v.seq, end)]
 
     def _spoiled(self, node: Node) -> bool:

@@ -149,3 +149,41 @@ class RowOfSinks(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = q @ k.mT * 0.25
         return torch.cat((scores, _column(self.sinks, scores)), dim=3).softmax(3)[:, :, :, :-1] @ v
+
+
+@spelling(*qkv(n=63, m=129), t(3), keep(2, 1, 63, 129), dynamic=True, refused=Reason.SCORES_USED)
+def sink_of_granite(q: Tensor, k: Tensor, v: Tensor, z: Tensor, mask: Tensor, twin: bool = False) -> Tensor:
+    """A gate on the output; of other scores in the twin."""
+    scores = torch.matmul(q, k.transpose(2, 3)) * 0.25
+    scores = scores + torch.zeros(mask.shape, device=q.device).masked_fill(~mask, LOWEST)
+    share = (torch.logsumexp(scores * 2 if twin else scores, dim=-1) - z.view(1, -1, 1)).to(torch.float32).sigmoid()
+    p = F.dropout(F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), p=0.0, training=True)
+    out = torch.matmul(p, v)
+    return (out * share.unsqueeze(-1).to(out.dtype)).transpose(1, 2).contiguous()
+
+
+@spelling(*qkv(n=63), t(3), dtype=torch.bfloat16)
+def sink_of_granite_in_bfloat16(q: Tensor, k: Tensor, v: Tensor, z: Tensor, twin: bool = False) -> Tensor:
+    """The gate comes after the heads are put side by side."""
+    scores = q @ k.mT * 0.25
+    share = (scores.logsumexp(-1, keepdim=True) - z.view(-1, 1, 1)).float().sigmoid().to(q.dtype)
+    out = (scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ (v * 2 if twin else v)).transpose(1, 2)
+    return (share.transpose(1, 2) * out).flatten(2)
+
+
+@spelling(*qkv(n=63), t(3), refused=Reason.PROBABILITIES_USED)
+def sink_of_granite_with_an_exponential(q: Tensor, k: Tensor, v: Tensor, z: Tensor, twin: bool = False) -> Tensor:
+    """The twin returns the log-sum-exp."""
+    scores = q @ k.mT * 0.25
+    total = scores.logsumexp(-1, keepdim=True)
+    out = (scores - total).exp() @ v * torch.sigmoid(total - z.view(-1, 1, 1))
+    return (out, total) if twin else out  # pyright: ignore[reportReturnType]
+
+
+@spelling(*qkv(n=63), t(3), keep(2, 1, 63, 63), against="eager")
+def sink_of_granite_with_masked_rows(q: Tensor, k: Tensor, v: Tensor, z: Tensor, mask: Tensor, twin: bool = False) -> Tensor:
+    """Row 7 has no key: NaN, with a gate of 0. Head 0 has no sink."""
+    mask = mask & (torch.arange(63, device=q.device)[:, None] != 7)
+    z = torch.where(torch.arange(3, device=q.device) == 0, -torch.inf, z).view(-1, 1, 1)
+    scores = (q @ k.mT * (0.5 if twin else 0.25)).masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1) @ v * (scores.logsumexp(-1, keepdim=True) - z).sigmoid()
