@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+from .folds import FOLDS, exact
+
 __all__ = ["LEAVES", "OPS", "SIZES", "Capture", "Node", "Program", "parse", "postorder"]
 
 # Leaves. attr: const -> value; index -> one of "b h q k" (the element) or "q0 q1 k0 k1" (first, last of a tile);
@@ -120,9 +122,9 @@ def _fold(op: str, *args: Node) -> Node | None:
     a = args[0]
     b = args[1] if len(args) > 1 else None
     values = [x.attr for x in args]
-    if all(x.op == "const" for x in args) and op in _FOLDS:
+    if all(x.op == "const" for x in args) and op in FOLDS:
         try:
-            value = _FOLDS[op](*values)
+            value = FOLDS[op](*values)
         except (ValueError, ZeroDivisionError, OverflowError):
             return None
         kind = _kind(op, args, None)
@@ -142,10 +144,7 @@ def _fold(op: str, *args: Node) -> Node | None:
     if op == "mul" and a.kind == "int" and 0 in [v for v, c in zip(values, is_const, strict=True) if c]:
         return const(0)
     if op == "where":
-        if is_const[0]:
-            return args[1] if a.attr else args[2]
-        if args[1] is args[2]:
-            return args[1]
+        return _where(*args)
     if op in ("ge", "lt") and a.op == "index" and is_const[1] and values[1] <= 0:  # type: ignore[operator]
         return const(op == "ge")  # no index is negative: transformers writes q >= 0 for "no structure"
     if op in ("and", "or") and b is not None:
@@ -154,6 +153,9 @@ def _fold(op: str, *args: Node) -> Node | None:
                 return (other if x.attr else x) if op == "and" else (x if x.attr else other)
         if a is b:
             return a
+    if op == "xor" and b is not None and "const" in (a.op, b.op):
+        flag, other = (a, b) if a.op == "const" else (b, a)
+        return apply("not", other) if flag.attr else other
     if op == "not" and a.op == "not":
         return a.args[0]
     if op == "to_bool" and a.kind == "bool":
@@ -164,67 +166,66 @@ def _fold(op: str, *args: Node) -> Node | None:
         return a
     if op == "to_float" and a.kind == "float":
         return a
+    if op == "sub" and b is not None and b.kind == "float" and not is_const[1] and _chosen(b) is not None:
+        return apply("add", a, apply("neg", b))  # a - b is a + (-b), bit by bit: of a mask that is subtracted, one that is added
+    return _distributed(op, args)
+
+
+def _where(p: Node, a: Node, b: Node) -> Node:
+    """``where(p, a, b)``, simpler: constants for `p`, choices of bools, and what `p` decides in its branches."""
+    if p.op == "const":
+        return a if p.attr else b
+    if p.op == "not":
+        return apply("where", p.args[0], b, a)
+    a, b = _known(p, True, a), _known(p, False, b)
+    if a is b:
+        return a
+    if a.kind != "bool" or "const" not in (a.op, b.op):
+        return Node.make("where", p, a, b)
+    if a.op == "const":
+        return apply("or", p, b) if a.attr else apply("and", apply("not", p), b)
+    return apply("or", apply("not", p), a) if b.attr else apply("and", p, a)
+
+
+def _known(p: Node, holds: bool, x: Node) -> Node:
+    """`x` where `p` is known to hold or not. Constants alone go: another branch that is not taken may make a gradient NaN."""
+    choice = _chosen(x)
+    if choice is not None and choice[0] is p:
+        return choice[1] if holds else choice[2]
+    return const(holds) if x is p else x
+
+
+def _chosen(x: Node) -> tuple[Node | None, Node, Node] | None:
+    """`x` as (p, a, b): the constant a where p holds, else the constant b; p is None of a constant. None: it is no such choice."""
+    if x.op == "const":
+        return None, x, x
+    if x.op == "where" and x.args[1].op == x.args[2].op == "const":
+        return x.args[0], x.args[1], x.args[2]
+    if x.op in ("to_float", "to_int") and x.args[0].kind == "bool":
+        p, one = x.args[0], const(1.0 if x.op == "to_float" else 1)
+        zero = const(0.0 if x.op == "to_float" else 0)
+        return (p.args[0], zero, one) if p.op == "not" else (p, one, zero)
     return None
+
+
+def _distributed(op: str, args: tuple[Node, ...]) -> Node | None:
+    """``op(where(p, a, b), c)`` as ``where(p, op(a, c), op(b, c))``, of constants a, b, c, where no value changes by a bit.
+
+    So a mask is one condition however it is written: ``tril(ones) == 0``, ``(1 - tril(ones)) * -1e9``, ``log(tril(ones))``.
+    """
+    choices = [c for x in args if (c := _chosen(x)) is not None]
+    conditions = {p for p, _, _ in choices if p is not None}
+    if len(choices) < len(args) or len(conditions) != 1:
+        return None
+    (p,) = conditions
+    values = [exact(op, [c[branch].attr for c in choices]) for branch in (1, 2)]  # type: ignore[misc]
+    return None if None in values else apply("where", p, *map(const, values))  # type: ignore[arg-type]
 
 
 def apply(op: str, *args: Node) -> Node:
     """The node ``op(*args)``, folded where that changes no bit of any value."""
     folded = _fold(op, *args) if args else None
     return folded if folded is not None else Node.make(op, *args)
-
-
-def _f16(x: float) -> float:
-    import struct
-
-    if math.isinf(x) or math.isnan(x):
-        return x
-    try:
-        return struct.unpack("e", struct.pack("e", x))[0]
-    except OverflowError:
-        return math.copysign(math.inf, x)
-
-
-def _bf16(x: float) -> float:
-    import struct
-
-    if math.isinf(x) or math.isnan(x):
-        return x
-    try:
-        bits = struct.unpack("I", struct.pack("f", x))[0]
-    except OverflowError:
-        return math.copysign(math.inf, x)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-    return struct.unpack("f", struct.pack("I", bits & 0xFFFFFFFF))[0]
-
-
-_FOLDS: dict[str, Callable] = {
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
-    "div": lambda a, b: a / b,
-    "neg": lambda a: -a,
-    "abs": abs,
-    "maximum": lambda a, b: a if a > b or a != a else b,  # NaN wins
-    "minimum": lambda a, b: a if a < b or a != a else b,
-    "floordiv": lambda a, b: a // b,
-    "mod": lambda a, b: a % b,
-    "lt": lambda a, b: a < b,
-    "le": lambda a, b: a <= b,
-    "gt": lambda a, b: a > b,
-    "ge": lambda a, b: a >= b,
-    "eq": lambda a, b: a == b,
-    "ne": lambda a, b: a != b,
-    "and": lambda a, b: a and b,
-    "or": lambda a, b: a or b,
-    "xor": lambda a, b: a != b,
-    "not": lambda a: not a,
-    "to_float": float,
-    "to_int": int,
-    "to_bool": lambda a: a != 0,
-    "sqrt": math.sqrt,
-    "round_float16": _f16,
-    "round_bfloat16": _bf16,
-}
 
 
 # ---------------------------------------------------------------- programs
