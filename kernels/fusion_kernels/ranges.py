@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from .program import Node, apply, const, index, size
 
-__all__ = ["Range", "Solver"]
+__all__ = ["Range", "Solver", "inequality"]
 
 BIG = 2**30  # integer constants are cut here: no index reaches it, and tile arithmetic must not overflow 32 bits
 
@@ -75,19 +75,18 @@ class _Linear:
             terms[term] = terms.get(term, 0) + times * c
         if any(abs(c) > 2**15 for c in terms.values()):
             raise _Unknown
-        rest = max(-BIG, min(BIG, self.rest + times * other.rest))
-        return _Linear(tuple((t, c) for t, c in terms.items() if c), rest)
+        return _Linear(tuple((t, c) for t, c in terms.items() if c), self.rest + times * other.rest)
 
     @property
     def node(self) -> Node:
-        """The expression again, written as one would."""
-        out = const(0)
+        """The expression again, written as one would, its constant cut to what 32 bits hold."""
+        out, rest = const(0), max(-BIG, min(BIG, self.rest))
         for term, c in sorted(self.terms, key=lambda t: t[1] < 0):
             scaled = apply("mul", term, const(abs(c)))
             out = apply("add" if c > 0 else "sub", out, scaled) if c > 0 or out is not const(0) else apply("neg", scaled)
         if not self.terms:
-            return const(self.rest)
-        return apply("add", out, const(self.rest)) if self.rest >= 0 else apply("sub", out, const(-self.rest))
+            return const(rest)
+        return apply("add", out, const(rest)) if rest >= 0 else apply("sub", out, const(-rest))
 
 
 class _Unknown(Exception):
@@ -101,10 +100,11 @@ def _linear(node: Node) -> _Linear:
         value = node.attr
         if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
             raise _Unknown
-        whole = max(-BIG, min(BIG, value))
-        if whole != int(whole):
+        if math.isinf(value):
+            return _Linear(rest=int(math.copysign(2**60, value)))  # beyond any index
+        if value != int(value):
             raise _Unknown
-        return _Linear(rest=int(whole))
+        return _Linear(rest=int(value))
     if node.op in ("add", "sub"):
         a, b = (_linear(x) for x in node.args)
         return a.plus(b, 1 if node.op == "add" else -1)
@@ -120,9 +120,40 @@ def _linear(node: Node) -> _Linear:
     return _Linear(((node, 1),))
 
 
+def _difference(op: str, a: Node, b: Node) -> _Linear:
+    """The linear expression that is at most 0 where ``a op b``, an inequality of integers."""
+    if op in ("ge", "gt"):
+        a, b = b, a
+    difference = _linear(a).plus(_linear(b), -1)  # a <= b is a - b <= 0; a < b is a - b + 1 <= 0
+    return difference.plus(_Linear(rest=int(op in ("lt", "gt"))))
+
+
+def inequality(p: Node, positive: bool = True) -> tuple[dict[Node, int], int] | None:
+    """A comparison of integers, or its negation, in normal form: ({term: c}, bound) for ``sum of c * term <= bound``.
+
+    None where it is an equality, or not linear. The terms are indices, parameters, sizes, and what is not a sum of them.
+    """
+    if p.op == "not":
+        return inequality(p.args[0], not positive)
+    if p.op not in _COMPARE or any(a.kind == "bool" for a in p.args):
+        return None
+    op = p.op if positive else _NEGATED[p.op]
+    try:
+        linear = _difference(op, *p.args) if op not in ("eq", "ne") else None
+    except _Unknown:
+        return None
+    return None if linear is None else (dict(linear.terms), -linear.rest)
+
+
 def _over(a: _Linear, c: int) -> _Linear:
     """floor(a / c), c > 0."""
-    return a if c == 1 else _linear(apply("floordiv", a.node, const(c)))
+    if c == 1:
+        return a
+    if not a.terms:
+        return _Linear(rest=a.rest // c)
+    if abs(a.rest) > BIG:
+        raise _Unknown
+    return _linear(apply("floordiv", a.node, const(c)))
 
 
 def _interval(node: Node, ends: Mapping[str, tuple[Node, Node]]) -> tuple[Node, Node]:
@@ -192,10 +223,7 @@ class Solver:
         if op == "ne":
             less, more = self._compare("lt", a, b, some), self._compare("gt", a, b, some)
             return self._either(less, more, some)
-        if op in ("ge", "gt"):
-            return self._compare("le" if op == "ge" else "lt", b, a, some)
-        difference = _linear(a).plus(_linear(b), -1)  # a <= b is a - b <= 0; a < b is a - b + 1 <= 0
-        return self._at_most(difference.plus(_Linear(rest=int(op == "lt"))), some)
+        return self._at_most(_difference(op, a, b), some)
 
     def _at_most(self, linear: _Linear, some: bool) -> Range:
         """Where ``linear <= 0``, for some or for every row of the tile."""

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from .float16_sums import inside
+from .masks import ABSORBING
 from .program import SCORE, Node, Program, apply, const, index
+from .ranges import inequality
 
 __all__ = ["Form", "form"]
 
+K, Q = index("k"), index("q")
 HIDDEN = -1e9  # a `where` constant at or below this is as good as -inf beside any visible key, and absorbs a score in fp32
 
 
@@ -37,20 +40,37 @@ def _scale(node: Node) -> float | None:
     return None
 
 
-CAUSAL = frozenset({apply("le", index("k"), index("q")), apply("ge", index("q"), index("k"))})
+def _is_causal(p: Node, positive: bool) -> bool:
+    """Whether `p`, or its negation, says k - q <= 0 of whole numbers: c (k - q) <= d is k - q <= floor(d / c), for c > 0."""
+    found = inequality(p, positive)
+    if found is None:
+        return False
+    terms, bound = found
+    c = terms.get(K, 0)
+    return c > 0 and terms == {K: c, Q: -c} and bound // c == 0
 
 
-def _visible(p: Node) -> tuple[bool, Node | None]:
-    """A condition of visibility as (causal, what else has to hold)."""
-    if p in CAUSAL:
-        return True, None
-    if p.op == "not" and p.args[0].op in ("gt", "lt"):
-        flipped = apply({"gt": "le", "lt": "ge"}[p.args[0].op], *p.args[0].args)
-        return (True, None) if flipped in CAUSAL else (False, p)
-    if p.op == "and":
-        (ca, a), (cb, b) = (_visible(x) for x in p.args)
+def _visible(p: Node, positive: bool = True) -> tuple[bool, Node | None]:
+    """A condition of visibility, `p` or its negation, as (causal, what else has to hold)."""
+    if p.op == "not":
+        return _visible(p.args[0], not positive)
+    if p.op == ("and" if positive else "or"):
+        (ca, a), (cb, b) = (_visible(x, positive) for x in p.args)
         return ca or cb, apply("and", a, b) if a is not None and b is not None else a if a is not None else b
-    return False, p
+    return (True, None) if _is_causal(p, positive) else (False, p if positive else apply("not", p))
+
+
+def _added(term: Node) -> tuple[bool, Node | None]:
+    """An added mask as (causal, what else is added): ``where(visible, 0, c)``, where c takes any score with it."""
+    if term.op != "where" or term.args[1].op != "const" or term.args[2].op != "const":
+        return False, term
+    p, a, b = term.args
+    if a.attr != 0:
+        p, a, b = apply("not", p), b, a
+    if a.attr != 0 or not b.attr <= ABSORBING:  # type: ignore[operator]
+        return False, term
+    causal, rest = _visible(p)
+    return (True, None if rest is None else apply("where", rest, a, b)) if causal else (False, term)
 
 
 @lru_cache(maxsize=1024)
@@ -67,6 +87,8 @@ def form(program: Program) -> Form | None:
         if root.op == "add":
             a, b = root.args
             root, term = (a, b) if a.depends_on("score") else (b, a)
+            now_causal, term = _added(term)
+            causal |= now_causal
         elif root.op == "where":
             p, a, b = root.args
             if b.op != "const":
