@@ -20,9 +20,8 @@ The last line of its text is ``sink %x %z``.
 # pyright: reportGeneralTypeIssues=false
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from .folds import FOLDS, exact
@@ -196,7 +195,7 @@ def _known(p: Node, holds: bool, x: Node) -> Node:
 
 
 def _chosen(x: Node) -> tuple[Node | None, Node, Node] | None:
-    """`x` as (p, a, b): the constant a where p holds, else the constant b; p is None of a constant. None: it is no such choice."""
+    """`x` as (p, a, b): the constant a where p holds, else the constant b; p is None of a constant. None: it is no choice."""
     if x.op == "const":
         return None, x, x
     if x.op == "where" and x.args[1].op == x.args[2].op == "const":
