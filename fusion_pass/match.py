@@ -52,6 +52,7 @@ class Match:
     v: Factor
     draw: Draw | None = None
     zero_rows: bool = False  # torch's safe softmax: a row without a key gives zeros; with a sink, it is the sink's
+    inf_rows: bool = False  # a quotient without a shift: a row with +inf is NaN at that key alone
     sink: Node | None = None  # a score without a key, over the axes of the rows (`sinks`)
     end: int = 0  # the number of the call in whose place the op stands: the product with the values, or a gate on it
     walked: set[Value] = field(default_factory=set)  # every value between the factors and the output
@@ -154,7 +155,7 @@ class _Matcher:
         lead = tuple(batch_index)
         at = (*lead, row, key) if side == 0 else (*lead, key, row)
         node, draw = find_softmax(self.d, self.anchor, self.d.element(probabilities, at), key)
-        self.key, _, zero_rows = node.attr  # pyright: ignore
+        self.key, _, zero_rows, inf_rows = node.attr  # pyright: ignore
         body, dot, q_chain, k_chain = self._score(node.args[0])
         sink = node.args[1] if len(node.args) > 1 else None
         if gate is not None:
@@ -198,6 +199,7 @@ class _Matcher:
             v,
             draw,
             zero_rows,
+            inf_rows,
             sink,
             product.seq if gate is None else gate.record.seq,
             walked,

@@ -11,6 +11,10 @@ Rules, each an identity of IEEE arithmetic too, up to rounding; c is the largest
 
 A softmax of which one column is no key, or whose sum has one more term, is one with a sink: see `sinks`.
 
+The quotients and exp(x - logsumexp(x)), where values are not finite.  A row of -inf is 0 / 0 or -inf - -inf, and one NaN makes
+the sum NaN: such rows are NaN throughout, as with softmax.  A row with +inf is not: it is NaN at that key, and 0 elsewhere, for
+x / +inf and exp(x - +inf) are (`Program.inf_rows`).  After a shift it is, for the sum is NaN then.
+
 The shift, where values are not finite.  A row of -inf has c = -inf, and x - c is NaN throughout: so is its softmax.  A row
 with +inf or NaN has such a c; x - c is NaN at that place, and one NaN makes the whole row NaN.  With a < 0 it would not: a x
 turns +inf into -inf, which a softmax takes for a masked key.
@@ -38,19 +42,20 @@ __all__ = ["as_softmax"]
 
 
 def as_softmax(d: Describer, node: Node, position: sympy.Symbol) -> Node | None:
-    """`node` as softmax (args: the scores over the bound axis, and a sink if there is one; attr: axis, position, zero_rows).
+    """`node` as softmax; None where it is none.
 
-    None where it is no softmax. position: the axis of the keys, along which the probabilities are read.
+    Its args are the scores over the bound axis, and a sink if there is one; its attr is axis, position, zero_rows, inf_rows.
+    position: the axis of the keys, along which the probabilities are read.
     """
     if node.op == "narrowed":
         return None
     if node.op == "softmax":
-        axis, place, zero_rows = node.attr  # pyright: ignore[reportGeneralTypeIssues]
+        axis, place, zero_rows, _ = node.attr  # pyright: ignore[reportGeneralTypeIssues]
         if zero_rows:
             return node  # a row of -inf gives 0 there, and NaN once it is shifted
         return _softmax(d, node.args[0], axis, place, position)
     if node.op == "exp" and node.args[0].op == "log_softmax":
-        axis, place, _ = node.args[0].attr  # pyright: ignore
+        axis, place, *_ = node.args[0].attr  # pyright: ignore
         return _softmax(d, node.args[0].args[0], axis, place, position)
     if node.op == "exp" and node.args[0].op == "sub" and node.args[0].args[1].op == "logsumexp":
         at, total = node.args[0].args
@@ -68,7 +73,7 @@ def as_softmax(d: Describer, node: Node, position: sympy.Symbol) -> Node | None:
     sink = log_of(rest)
     if sink is None or d.substitute(body, {axis: position}) is not at.args[0]:
         return None
-    return settled(d, body, *sink, axis, position)
+    return settled(d, body, *sink, axis, position, inf_rows=True)
 
 
 def _quotient(node: Node) -> tuple[Node, Node] | None:
@@ -94,15 +99,21 @@ def _matched(d: Describer, at: Node, body: Node, axis: sympy.Symbol, position: s
     """softmax of `body` over `axis`, if `at` is `body` with the axis at `position`, or one further."""
     for place in (position, position + 1):
         if d.substitute(body, {axis: place}) is at:
-            return _softmax(d, body, axis, place, position)
+            return _softmax(d, body, axis, place, position, inf_rows=True)
     return None
 
 
-def _softmax(d: Describer, body: Node, axis: sympy.Symbol, place: sympy.Expr, position: sympy.Symbol) -> Node:
-    """softmax of `body` over `axis`, read at `place`: with a sink, where one column is left out."""
-    body = _unshifted(d, body, axis)
-    found = with_sink(d, body, axis, position, place)
-    return found or Node.make("softmax", body, attr=(axis, place, False), kind="float")
+def _softmax(
+    d: Describer, given: Node, axis: sympy.Symbol, place: sympy.Expr, position: sympy.Symbol, *, inf_rows: bool = False
+) -> Node:
+    """softmax of `given` over `axis`, read at `place`: with a sink, where one column is left out.
+
+    inf_rows: whether its rows with +inf are those of a quotient.
+    """
+    body = _unshifted(d, given, axis)
+    inf_rows &= body is given  # +inf - +inf is NaN before there is a quotient
+    found = with_sink(d, body, axis, position, place, inf_rows=inf_rows)
+    return found or Node.make("softmax", body, attr=(axis, place, False, inf_rows), kind="float")
 
 
 def _unshifted(d: Describer, body: Node, axis: sympy.Symbol) -> Node:

@@ -45,7 +45,7 @@ def _softmax(op: str, zero_rows: bool = False) -> Rule:
         dim %= len(x.shape)
         axis = d.bound_axis(record, x.shape[dim], "k")
         inner = [*index[:dim], axis, *index[dim + 1 :]]
-        return Node.make(op, to_float(d.element(x, inner)), attr=(axis, index[dim], zero_rows), kind="float")
+        return Node.make(op, to_float(d.element(x, inner)), attr=(axis, index[dim], zero_rows, False), kind="float")
 
     return rule
 

@@ -87,7 +87,8 @@ class _Writer:
         read = {n.attr: Capture(n.kind, len(n.args)) for n in postorder(root, *sinks) if n.op == "load"}
         # what folding left unread stays a capture, for its gradient is zero in eager, not absent
         captures = tuple(read.get(i) or _unread(c) for i, c in enumerate(self.captures))
-        return Scores(Program(root, captures, len(self.params), self.m.zero_rows, *sinks), self.captures, self.params)
+        program = Program(root, captures, len(self.params), self.m.zero_rows, *sinks, inf_rows=self.m.inf_rows)
+        return Scores(program, self.captures, self.params)
 
     def _sink(self, sink: Node) -> Node:
         """The score of a column that is in the softmax and has no value.

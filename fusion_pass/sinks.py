@@ -9,7 +9,8 @@ With x the scores over the keys and z a score without a key, rules as identities
 
 The shift, where values are not finite.  With c the largest of all, a row of -inf is NaN only if z is -inf as well, before the
 shift as after it.  With c the largest x alone, a row of -inf is NaN whatever z is, for -inf - -inf is: then the program has no
-`zero_rows`.  +inf and NaN make a row NaN in both forms.
+`zero_rows`.  +inf and NaN make a row NaN in both forms; without a
+shift, the quotients have +inf as they have it without a sink (see `normal`).
 
 The shift, in the backward.  ds sums to 0 over a row with its sink, so that c has no gradient (see `normal`).
 """
@@ -33,10 +34,13 @@ from .shifts import is_row_maximum
 __all__ = ["log_of", "settled", "with_sink"]
 
 
-def with_sink(d: Describer, body: Node, axis: sympy.Symbol, key: sympy.Symbol, place: sympy.Expr) -> Node | None:
+def with_sink(
+    d: Describer, body: Node, axis: sympy.Symbol, key: sympy.Symbol, place: sympy.Expr, *, inf_rows: bool
+) -> Node | None:
     """softmax of `body` over `axis`, of which all columns but one are keys, as one over the keys with that column for a sink.
 
-    key: the axis of the keys, along which the probabilities are read at `place`. None where it is no such softmax.
+    key: the axis of the keys, along which the probabilities are read at `place`. inf_rows: as in `Program`, unless x is shifted.
+    None where it is no such softmax.
     """
     keys = d.axes.sizes[key]
     first = sympy.expand(place - key) if key in place.free_symbols else place if keys == 1 else None
@@ -44,10 +48,13 @@ def with_sink(d: Describer, body: Node, axis: sympy.Symbol, key: sympy.Symbol, p
         return None
     column = keys if first == 0 else sympy.S.Zero
     kept = d.kept_axis(axis, key)
-    return settled(d, d.substitute(body, {axis: kept + first}), d.substitute(body, {axis: column}), 0.0, kept, key)
+    scores, sink = (d.substitute(body, {axis: at}) for at in (kept + first, column))
+    return settled(d, scores, sink, 0.0, kept, key, inf_rows=inf_rows)
 
 
-def settled(d: Describer, body: Node, sink: Node, more: float, axis: sympy.Symbol, position: sympy.Expr) -> Node | None:
+def settled(
+    d: Describer, body: Node, sink: Node, more: float, axis: sympy.Symbol, position: sympy.Expr, *, inf_rows: bool
+) -> Node | None:
     """softmax(body; sink + more), without the row maxima subtracted from both; None where they are subtracted from one alone."""
     zero_rows = True
     while (parts := _difference(body)) is not None and (other := _difference(sink)) is not None and parts[1] is other[1]:
@@ -56,11 +63,11 @@ def settled(d: Describer, body: Node, sink: Node, more: float, axis: sympy.Symbo
         if largest is None or (shift is not largest and (more or shift not in _larger(largest, other[0]))):
             break
         zero_rows &= shift is not largest
-        body, sink = parts[0], other[0]
+        body, sink, inf_rows = parts[0], other[0], False
     if any(n.op == "amax" and has_score(n) for n in postorder(body, sink)) or position in symbols_of(sink):
         return None
     sink = apply("add", sink, const(more)) if more else sink
-    return Node.make("softmax", body, sink, attr=(axis, position, zero_rows), kind="float")
+    return Node.make("softmax", body, sink, attr=(axis, position, zero_rows, inf_rows), kind="float")
 
 
 def _difference(node: Node) -> tuple[Node, Node] | None:

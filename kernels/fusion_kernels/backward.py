@@ -201,7 +201,10 @@ def plan(
     row_grid = tiles_of(N, _ROWS) * B * H
 
     align, (gs, os) = strides(do, out)
-    constants = (gs, os, B, H, N, floor, flags, dropout_p > 0, align, DV, max(16, 1 << (DV - 1).bit_length()))
+    constants = (
+        gs, os, B, H, N, floor, flags, program.inf_rows, program.sink is not None, dropout_p > 0, align,
+        DV, max(16, 1 << (DV - 1).bit_length()),
+    )  # fmt: skip
     delta = Launch(delta_rows, row_grid, constants, warps=4, stages=1)
 
     align, (qs, ks, vs, gs) = strides(q, k, v, do)

@@ -16,11 +16,13 @@ __all__ = ["deep_rows", "delta_rows", "sink_rows"]
 @triton.jit(do_not_specialize=["B", "H", "N", "floor"])
 def delta_rows(
     do, out, lse, delta, flags, seed, words, do_strides, out_strides, B, H, N, floor,
-    FLAG: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr,
+    FLAG: tl.constexpr, INF_ROWS: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
+    DV: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """delta[b, h, q] = sum_d do out; and what the kernels after this one ask of each row.
 
-    flags[b, h, tile] = 1 if a row's log-sum-exp is not above `floor` (its masked keys count), else 0: see `any_flag`.
+    flags[b, h, tile] = 1 if a row's log-sum-exp is not above `floor` (its masked keys count), else 0: see `any_flag`. With
+        INF_ROWS, 1 as well where it is +inf: the gradient of every score is NaN in such a row.
     words[:, b, h, q] = the two words that decide what dropout keeps.
     """
     BLOCK: tl.constexpr = FLAG_ROWS
@@ -36,9 +38,16 @@ def delta_rows(
     o = load_rows(out, start, N, out_strides[2] * ALIGN, out_strides[3], 0, WIDTH, DV, BLOCK, True).to(tl.float32)
     rows = start + tl.arange(0, BLOCK)
     row = tl.cast(bh, tl.int64) * N + rows
-    tl.store(delta + row, tl.sum(g * o, 1), mask=rows < N)
+    if FLAG or INF_ROWS:
+        known = tl.load(lse + row, mask=rows < N, other=0.0)
+    total = tl.sum(g * o, 1)
+    if INF_ROWS and SINK:  # a sum over the sink as well, where +inf is the sink's alone (else `out` is NaN)
+        total = tl.where(known == float("inf"), float("nan"), total)
+    tl.store(delta + row, total, mask=rows < N)
     if FLAG:
-        bad = (rows < N) & ~(tl.load(lse + row, mask=rows < N, other=0.0) > floor)
+        bad = (rows < N) & ~(known > floor)
+        if INF_ROWS:
+            bad |= known == float("inf")
         tl.store(flags + pid, tl.max(bad.to(tl.int32), 0))
     if DROPOUT:
         word0, word1 = row_words(tl.load(seed), bh, rows)
@@ -93,6 +102,7 @@ def deep_rows(
         peak = higher
         deep &= known == known  # the forward knows which rows are NaN
     deep &= (known < float("inf")) | (peak > float("-inf"))  # lse = +inf of a row without a key is meant: it gives zeros
+    deep &= peak < float("inf")  # and so is that of a row with +inf
     tl.store(base + row, tl.where(deep, peak, 0.0), mask=rows < N)
     tl.store(level + row, tl.where(deep, tl.math.log2(total), known), mask=rows < N)
 

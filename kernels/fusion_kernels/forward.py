@@ -40,9 +40,9 @@ def _loop(
     acc0, acc1, peak, total,  # (BLOCK_M, V0), (BLOCK_M, V1), (BLOCK_M,), (BLOCK_M,)
     q0, q1, k, v, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux, word0, word1, limit,
     first, cut, jump, count,
-    SCORE: tl.constexpr, FACTOR: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    SCORE: tl.constexpr, FACTOR: tl.constexpr, WIDE: tl.constexpr, INF_ROWS: tl.constexpr, TAIL: tl.constexpr,
+    DROPOUT: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr,
+    V1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over `count` key tiles: first, first + 1, ... with `jump` of them left out after `cut`."""
     M = sizes[3]
@@ -63,6 +63,8 @@ def _loop(
             x = SCORE(s, b, h, q[:, None], keys[None, :], q_ok, True, sizes, aux)
         higher = tl.maximum(peak, tl.max(x, 1) * FACTOR)
         finite = tl.where(higher == float("-inf"), 0.0, higher)  # a row of -inf so far adds nothing (-inf - -inf is NaN)
+        if INF_ROWS:  # the sum of a row with +inf is exp2(inf), not exp2(inf - inf), so that lse is +inf
+            finite = tl.where(higher == float("inf"), 0.0, finite)
         if WIDE:
             p = tl.math.exp2((x - finite[:, None]) * LOG2E)
             decay = tl.math.exp2((peak - finite) * LOG2E)
@@ -88,7 +90,7 @@ def _forward(
     q, k, v, out, lse, seed, aux, q_strides, k_strides, v_strides, out_strides, B, H, N, M, group, limit, scale, revisit,
     BOUNDS: tl.constexpr, SCORE: tl.constexpr, FACTOR: tl.constexpr, WIDE: tl.constexpr,
     FULL_SCORE: tl.constexpr, FULL_FACTOR: tl.constexpr, FULL_WIDE: tl.constexpr,
-    REVISIT: tl.constexpr, SINK: tl.constexpr, ZERO_ROWS: tl.constexpr, DROPOUT: tl.constexpr,
+    REVISIT: tl.constexpr, SINK: tl.constexpr, ZERO_ROWS: tl.constexpr, INF_ROWS: tl.constexpr, DROPOUT: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, TOGETHER: tl.constexpr,
@@ -145,8 +147,8 @@ def _forward(
 
     acc0, acc1, peak, total = _loop(
         acc0, acc1, peak, total, q0, q1, k, v, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux,
-        word0, word1, limit, full_first, 0, 0, full_last - full_first, FULL_SCORE, FULL_FACTOR, FULL_WIDE, False, DROPOUT,
-        D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
+        word0, word1, limit, full_first, 0, 0, full_last - full_first, FULL_SCORE, FULL_FACTOR, FULL_WIDE, INF_ROWS, False,
+        DROPOUT, D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
     )  # fmt: skip
     if not (BOUNDS is None and EVEN_M):
         cut = full_first - first
@@ -165,7 +167,7 @@ def _forward(
                     first = 0
             acc0, acc1, peak, total = _loop(
                 acc0, acc1, peak, total, q0, q1, k, v, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux,
-                word0, word1, limit, first, cut, jump, count, SCORE, FACTOR, WIDE, not EVEN_M, DROPOUT,
+                word0, word1, limit, first, cut, jump, count, SCORE, FACTOR, WIDE, INF_ROWS, not EVEN_M, DROPOUT,
                 D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
             )  # fmt: skip
 
@@ -173,15 +175,20 @@ def _forward(
     value = tl.fma(peak, LOG2E, 0.0) + tl.math.log2(total)
     if SINK is not None:
         higher = tl.maximum(peak, z)
-        decay = tl.math.exp2((peak - higher) * LOG2E)
+        base = higher
+        if INF_ROWS:
+            base = tl.where(higher == float("inf"), 0.0, higher)
+        decay = tl.math.exp2((peak - base) * LOG2E)
         if not ZERO_ROWS:
             decay = tl.where(peak == float("-inf"), float("nan"), decay)
-        total = total * decay + tl.math.exp2((z - higher) * LOG2E)
+        total = total * decay + tl.math.exp2((z - base) * LOG2E)
         share = decay * scale / total
         value = tl.fma(higher, LOG2E, 0.0) + tl.math.log2(total)
     elif ZERO_ROWS:  # lse = +inf makes 2^(x - lse) = 0 in the backward
         share = tl.where(total == 0.0, 0.0, share)
         value = tl.where(total == 0.0, float("inf"), value)
+    if INF_ROWS:  # zeros where +inf is the sink's alone
+        share = tl.where(total == float("inf"), tl.where(peak == float("inf"), float("nan"), 0.0), share)
     store_rows(out, acc0 * share[:, None], q_start, N, out_strides[2], out_strides[3], 0, V0, DV, BLOCK_M)
     if V1 > 0:
         store_rows(out, acc1 * share[:, None], q_start, N, out_strides[2], out_strides[3], V0, V1, DV, BLOCK_M)

@@ -238,6 +238,9 @@ class Capture:
     rank: int
 
 
+_OF_ROWS = ("zero_rows", "inf_rows")  # what the text says beside the parameters
+
+
 @dataclass(frozen=True)
 class Program:
     """A score program: the result node, what it captures, and how many integer parameters it reads.
@@ -246,6 +249,8 @@ class Program:
     sink: a float of b, h, q and captures, in no reach of score and k; None: the keys share each row among themselves. Where it
         is there, a row of ``zero_rows`` is the sink's (lse = z), and is NaN only if the sink is -inf as well, as the softmax of
         scores and sink together.
+    inf_rows: a row whose largest score is +inf has lse = +inf, as exp(x - logsumexp(x)) has: its probabilities are NaN where the
+        score is +inf, and 0 elsewhere; otherwise NaN throughout, with lse = NaN, as softmax. The output is NaN either way.
 
     Raises:
         ValueError: the sink reads the score or k.
@@ -256,6 +261,7 @@ class Program:
     params: int = 0
     zero_rows: bool = False
     sink: Node | None = None
+    inf_rows: bool = False
 
     def __post_init__(self) -> None:
         if self.sink is not None and (self.sink.kind != "float" or self.sink.depends_on("score", "grad", "k")):
@@ -267,7 +273,7 @@ class Program:
     def text(self) -> str:
         """The canonical text: two programs that compute the same expression from the same captures have the same text."""
         lines = ["captures " + " ".join(f"{c.kind}[{c.rank}]" for c in self.captures) if self.captures else "captures"]
-        lines.append(f"params {self.params}" + (" zero_rows" if self.zero_rows else ""))
+        lines.append(" ".join([f"params {self.params}", *(name for name in _OF_ROWS if getattr(self, name))]))
         names: dict[Node, str] = {}
         for node in postorder(self.root, *self._sinks):
             parts = [node.op]
@@ -290,7 +296,7 @@ class Program:
         return () if self.sink is None else (self.sink,)
 
     def with_root(self, root: Node) -> Program:
-        return Program(root, self.captures, self.params, self.zero_rows, self.sink)
+        return replace(self, root=root)
 
     @cached_property
     def sink_program(self) -> Program | None:
@@ -352,6 +358,9 @@ def parse(text: str) -> Program:
         captures.append(Capture(kind, int(rank)))
     nodes: dict[str, Node] = {}
     last = sink = None
+    _, params, *of_rows = lines[1].split()
+    if not set(of_rows) <= set(_OF_ROWS):
+        raise ValueError(f"fusion_kernels: cannot read {lines[1]!r} of a score program: rows are {' or '.join(_OF_ROWS)}")
     for line in lines[2:]:
         try:
             if line.startswith("sink "):
@@ -373,7 +382,7 @@ def parse(text: str) -> Program:
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(f"fusion_kernels: cannot read {line!r} of a score program: {error}") from error
     assert last is not None
-    return Program(last, tuple(captures), int(lines[1].split()[1]), lines[1].endswith(" zero_rows"), sink)
+    return Program(last, tuple(captures), int(params), "zero_rows" in of_rows, sink, "inf_rows" in of_rows)
 
 
 def load(capture: int, kind: str, index: Iterable[Node]) -> Node:

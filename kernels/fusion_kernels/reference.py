@@ -2,9 +2,9 @@
 
     s = q k^T                          raw scores, no implicit scale
     x = program(s; b, h, q, k, ...)
-    p = softmax(x) over the keys       rows that are all -inf are NaN, as in eager
+    p = softmax(x) over the keys       rows that are all -inf, or hold +inf, are NaN, as in eager
     o = dropout(p) v
-    lse = log2(sum(exp(x)))            base 2: what the kernels exponentiate in
+    lse = log2(sum(exp(x)))            base 2: what the kernels exponentiate in; p = 2^(x log2(e) - lse), NaNs included
 
 With a sink z, p = softmax([x, z]) without its last column, and lse = log2(exp(z) + sum(exp(x))).
 
@@ -94,6 +94,7 @@ def dense_backward(
     keep = dropout_factor(env.box, dropout_p, seed, env) if dropout_p else torch.ones((), dtype=dtype, device=q.device)
     dp = keep * (do @ _grouped(v, heads, dtype).mT)
     delta = (p * dp).sum(-1, keepdim=True)
+    delta = delta if p_sink is None else delta + p_sink * 0
     env.grad = p * (dp - delta)
     wanted = tuple(i for i, need in enumerate(needs) if need)
     gradient = vjp(program, wanted)
@@ -134,13 +135,22 @@ def _dense_softmax(env: Environment, program: Program) -> tuple[torch.Tensor, to
         both = torch.cat([x, sink_over(program, env).expand(*x.shape[:3], 1)], -1)
         if not program.zero_rows:
             both = both.masked_fill((x == -math.inf).all(-1, keepdim=True), math.nan)
-        p, p_sink = torch.softmax(both, -1).split([x.shape[3], 1], -1)
-        return p, p_sink, torch.logsumexp(both.detach(), -1) * LOG2E
-    p, lse = torch.softmax(x, -1), torch.logsumexp(x.detach(), -1) * LOG2E
+        p, lse = _columns(both, program)
+        return p[..., :-1], p[..., -1:], lse
+    p, lse = _columns(x, program)
     if not program.zero_rows:
         return p, None, lse
     empty = lse == -math.inf
     return p.masked_fill(empty.unsqueeze(-1), 0.0), None, lse.masked_fill(empty, math.inf)
+
+
+def _columns(x: torch.Tensor, program: Program) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax of x over its last dim, and its base-2 log-sum-exp, as the program has rows with +inf."""
+    p, lse = torch.softmax(x, -1), torch.logsumexp(x.detach(), -1)
+    infinite = lse == math.inf
+    if program.inf_rows:
+        return torch.where(infinite.unsqueeze(-1), torch.exp(x - lse.unsqueeze(-1)), p), lse * LOG2E
+    return p, lse.masked_fill(infinite, math.nan) * LOG2E
 
 
 def sink_over(program: Program, env: Environment) -> torch.Tensor:

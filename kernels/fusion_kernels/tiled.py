@@ -148,8 +148,11 @@ class _Row:
         if z is not None:
             m = torch.maximum(self.m, z)
             m = m if program.zero_rows else m.masked_fill(empty, math.nan)
-            decay = (self.m - m).exp_()
-            self.m, self.total = m, self.total * decay + (z - m).exp_()
+            base = m
+            if program.inf_rows:  # with any finite base such a row has the sum inf, and zeros if +inf is the sink's alone
+                base = torch.where(m == math.inf, self.m.masked_fill(self.m.isinf(), 0.0), m)
+            decay = (self.m - base).exp_()
+            self.m, self.total = m, self.total * decay + (z - base).exp_()
             self.out.mul_(decay)
         elif program.zero_rows:  # zeros rather than 0 / 0, and exp(x - inf) = 0 in the backward
             self.m, self.total = self.m.masked_fill(empty, math.inf), self.total.masked_fill(empty, 1.0)
@@ -171,7 +174,8 @@ def _visit(p: _Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, parts
         m = x.amax(-1, keepdim=True)
         if row is not None:
             m = torch.maximum(m, row.m)
-        base = m.masked_fill(m == -math.inf, 0.0)  # rows that have met only -inf so far
+        # rows that have met only -inf so far; and those whose lse has to become +inf, which needs exp(inf), not exp(inf - inf)
+        base = m.masked_fill(m.isinf() if p.program.inf_rows else m == -math.inf, 0.0)
         e = (x - base).exp_()
         total = e.sum(-1, keepdim=True)
         keep = p.dropout(env)
@@ -283,6 +287,8 @@ def _backward_rows(
     if row is not None:
         row.settle(p.program, z)
     delta = None if row is None else (do * row.out).sum(-1, keepdim=True).div_(row.total)
+    if p.program.inf_rows and row is not None and delta is not None:
+        delta.masked_fill_(row.m == math.inf, math.nan)  # a sum over the sink as well, where +inf is the sink's alone
     dq = torch.zeros_like(q)
     if z is not None and row is not None and delta is not None and wanted:
         env = Environment(box, p.sizes, p.captures, p.params, p.dtype, p.device)
@@ -293,6 +299,9 @@ def _backward_rows(
         prob = torch.softmax(x, -1) if row is None else (x - row.m).exp_().div_(row.total)
         if row is None and p.program.zero_rows:
             prob = prob.masked_fill((x == -math.inf).all(-1, keepdim=True), 0.0)
+        if row is None and p.program.inf_rows:
+            m = x.amax(-1, keepdim=True)
+            prob = torch.where(m == math.inf, (x - m).exp_(), prob) if bool((m == math.inf).any()) else prob
         keep = p.dropout(env)
         dv[:, :, keys] += torch.matmul(p.fold(prob if keep is None else prob * keep).mT, p.fold(do))
         dp = p.unfold(torch.matmul(p.fold(do), v[:, :, keys].mT))

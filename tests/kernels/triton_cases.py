@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from fusion_kernels.backward import attention_backward
@@ -155,6 +156,25 @@ def _deep_sink(s: Shape) -> Case:
     return Case(Program(root, (Capture("float", 1),), zero_rows=True, sink=load(0, "float", [H])), [torch.full((s.heads,), -1e9)])
 
 
+def _infinite(s: Shape, *, inf_rows: bool, sink: Node | None = None) -> Case:
+    """A bias with +inf in its rows: once, twice, beside a NaN, and at a key that the mask hides. (Columns: near and far.)"""
+    bias = torch.randn(s.n, s.m)
+    near, far = 1, min(s.n, s.m) - 2
+    bias[4, near] = bias[s.n - 3, near] = bias[s.n - 3, far - 2] = bias[s.n - 1, far - 2] = bias[far - 3, far] = math.inf
+    bias[9, near + 1] = bias[9, near] = math.inf
+    bias[11, near], bias[11, near + 1], bias[13, near] = math.inf, math.nan, math.nan
+    root = apply("where", CAUSAL, apply("add", _scaled(s), load(0, "float", [Q, K])), NEVER)
+    return Case(Program(root, (Capture("float", 2),), zero_rows=sink is not None, sink=sink, inf_rows=inf_rows), [bias])
+
+
+def _infinite_sink(s: Shape) -> Case:
+    """+inf in the sink of a few rows alone: their probabilities are 0, and their gradients NaN."""
+    z = torch.randn(s.batch, s.heads, s.n)
+    z[:, 0, 5] = z[0, -1, -2] = math.inf
+    program = Program(_scaled(s), (Capture("float", 3),), zero_rows=True, sink=load(0, "float", [B, H, Q]), inf_rows=True)
+    return Case(program, [z])
+
+
 CASES: dict[str, Callable[[Shape], Case]] = {
     "plain": lambda s: Case(Program(_scaled(s)), []),
     "causal": lambda s: _masked(s, CAUSAL),
@@ -180,6 +200,11 @@ CASES: dict[str, Callable[[Shape], Case]] = {
     "softmax one": lambda s: _softmax_one(s, zero_rows=True),
     "softmax one, NaN": lambda s: _softmax_one(s, zero_rows=False),
     "deep sink": _deep_sink,
+    "infinite": lambda s: _infinite(s, inf_rows=False),
+    "infinite, quotient": lambda s: _infinite(s, inf_rows=True),
+    "infinite, sink": lambda s: _infinite(s, inf_rows=False, sink=const(0.5)),
+    "infinite, quotient, sink": lambda s: _infinite(s, inf_rows=True, sink=const(0.5)),
+    "infinite sink": _infinite_sink,
 }
 
 
@@ -226,6 +251,10 @@ def keep_mask(seed: int, s: Shape, p: float) -> torch.Tensor:
     return ((x >> 8) >= round(p * 2**24)).view(s.batch, s.heads, s.n, s.m)
 
 
+def _quotient(x: torch.Tensor) -> torch.Tensor:
+    return torch.exp(x - torch.logsumexp(x, -1, keepdim=True))
+
+
 def dense(
     x: Operands, case: Case, captures: list[torch.Tensor], dtype: torch.dtype, p: float = 0.0, keep: torch.Tensor | None = None
 ) -> list[torch.Tensor]:
@@ -244,15 +273,16 @@ def dense(
     )  # fmt: skip
     (x_,) = evaluate([case.program.root], env)  # a number, if nothing is left of the score
     x_ = torch.as_tensor(x_, dtype=own, device=q.device).expand(batch, heads, n, m)
+    softmax = _quotient if case.program.inf_rows else partial(torch.softmax, dim=-1)
     empty = (x_ == -math.inf).all(-1, keepdim=True)
     if case.program.sink is not None:
         (z,) = evaluate([case.program.sink], env)
         z = torch.as_tensor(z, dtype=own, device=q.device).expand(batch, heads, n, 1)
         x_ = x_ if case.program.zero_rows else x_ + torch.where(empty, math.nan, 0.0).to(own)
-        weights = torch.softmax(torch.cat([x_, z], -1), -1)[..., :-1].to(dtype)
+        weights = softmax(torch.cat([x_, z], -1))[..., :-1].to(dtype)
     else:
         empty &= case.program.zero_rows
-        weights = torch.softmax(x_.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0).to(dtype)
+        weights = softmax(x_.masked_fill(empty, 0.0)).masked_fill(empty, 0.0).to(dtype)
     if keep is not None:
         weights = weights * keep / (1 - p) if p < 1 else weights * 0
     out = weights @ v.repeat_interleave(group, 1)
