@@ -295,7 +295,7 @@ def plan(
     constants = (
         qs, ks, vs, os, B, H, N, M, H // k.shape[1], threshold(dropout_p), keep_scale(dropout_p), found.floor,
         found.kv_bounds, masked.score, masked.factor, masked.wide, full.score, full.factor, full.wide,
-        found.revisit, found.sink and found.sink.value, program.zero_rows, dropout_p > 0,
+        found.revisit, found.sink and found.sink.value, program.zero_rows, program.inf_rows, dropout_p > 0,
         N % tile.block_m == 0, M % tile.block_n == 0, align,
         D, D0, D1, DV, V0, V1, tile.block_m, tile.block_n, precision(q.dtype), tma, configs.together(B, kind),
     )  # fmt: skip
