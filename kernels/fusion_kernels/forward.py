@@ -291,7 +291,7 @@ def plan(
     kind = traits(found, program, dropout_p, D1 + V1 > 0)
     tile = tile or configs.forward(N, M, D0 + D1, V0 + V1, q.dtype, kind)
     align, (qs, ks, vs, os) = strides(q, k, v, out)
-    tma = tile.tma and M >= configs.SHORT and D1 == 0 and V1 == 0 and describable(k, v)
+    tma = tile.tma and configs.described(M, B * H * N * M) and D1 == 0 and V1 == 0 and describable(k, v)
     constants = (
         qs, ks, vs, os, B, H, N, M, H // k.shape[1], threshold(dropout_p), keep_scale(dropout_p), found.floor,
         found.kv_bounds, masked.score, masked.factor, masked.wide, full.score, full.factor, full.wide,
