@@ -179,7 +179,7 @@ class _Run:
         # whether dropout may go there too is for `plain` to say: the op itself has none in cuDNN
         sdpa = None
         if named(0.0) == "cudnn":
-            sdpa = plain(found, score.program, trained=trained, body=self.body, site=index)
+            sdpa = plain(found, score.program, attention.device, trained=trained, body=self.body, site=index)
         kernel = "cudnn" if sdpa is not None else named(attention.dropout_p)
         if self.when == "profitable":
             reason = legality.profitable(found, kernel, attention.device)

@@ -28,7 +28,7 @@ __all__ = ["plain"]
 CHECKS_BATCH = torch.__version__ >= (2, 13)  # pyright: ignore[reportOperatorIssue]
 
 
-def plain(match: Match, program: Program, *, trained: bool, body: bool, site: int) -> Form | None:
+def plain(match: Match, program: Program, device: torch.device, *, trained: bool, body: bool, site: int) -> Form | None:
     """The arguments of scaled_dot_product_attention that compute the site; None where a size is not known or does not suit.
 
     Args:
@@ -39,7 +39,7 @@ def plain(match: Match, program: Program, *, trained: bool, body: bool, site: in
     found = form(program)
     if found is None or not cudnn.expresses(program):
         return None
-    if match.dropout_p and not (trained and not body and _drops(match, found)):
+    if match.dropout_p and not (trained and not body and _drops(match, found, device)):
         return None
     if match.q.dtype not in cudnn.HALVES or not match.q.dtype == match.k.dtype == match.v.dtype:
         return None
@@ -54,7 +54,7 @@ def plain(match: Match, program: Program, *, trained: bool, body: bool, site: in
     return _apart(found, site) if match.dropout_p else found
 
 
-def _drops(match: Match, found: Form) -> bool:
+def _drops(match: Match, found: Form, device: torch.device) -> bool:
     """Whether the dropout may go there too: cuDNN has none for a single query, and `_apart` tells sites apart by their scale.
 
     Where the user has torch compute more again in the backward, it may do so with attention, and draws another mask then: its
@@ -63,7 +63,7 @@ def _drops(match: Match, found: Form) -> bool:
     if config.aggressive_recomputation or config.activation_memory_budget < 1:
         return False
     n = match.q.shape[2]
-    return cudnn.drops(match.dropout_p) and bool(n.is_Integer and n > 1) and found.scale != 0
+    return cudnn.drops(match.dropout_p, device) and bool(n.is_Integer and n > 1) and found.scale != 0
 
 
 def _apart(found: Form, site: int) -> Form:

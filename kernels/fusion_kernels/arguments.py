@@ -173,6 +173,7 @@ def traits(found: Parts, program: Program, dropout_p: float, two_parts: bool) ->
         busy=any(map(any, loads)) or work > _BUSY,
         table=bool(tables),
         shared=any(not n.depends_on("b") for n in tables),
+        learned=bool(found.masked.tables),
         dropout=dropout_p > 0,
         parts=two_parts,
     )

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .backward_table import shared_tile
-from .device import LOG2E, any_flag, dot, dot_pair, load_rows, probability, store_rows, stream_rows, tile_ranges, visited
+from .device import LOG2E, any_flag, awaited, dot, dot_pair, load_rows, probability, store_rows, stream_rows, tile_ranges, visited
 from .dropout import keep, load_words
 
 __all__ = ["dkdv_tiles", "dq_tiles"]
@@ -228,6 +228,10 @@ def _dq_loop(
         dq0 = dot(ds, k0, dq0, PRECISION)
         if D1 > 0:
             dq1 = dot(ds, k1, dq1, PRECISION)
+        if GRADIENT is not None:
+            dq0 = awaited(dq0)
+            if D1 > 0:
+                dq1 = awaited(dq1)
     return dq0, dq1
 
 

@@ -18,6 +18,8 @@ from .launch import Launch
 
 __all__ = ["Kept", "Step", "keep"]
 
+_ROWS = 32  # of a tile that a program adds up
+
 
 class Step(NamedTuple):
     """dq for some query tiles from the `rank`-th on, and the sum of the slots that it fills, if it keeps a table."""
@@ -77,8 +79,12 @@ class Kept:
 
     def _total(self, ranks: int, buffer: Tensor) -> Launch:
         table, tile = self.table, self.tile
-        constants = (*table.strides(buffer), *self.sizes[:4], self.bounds, table.all_b, table.all_h, tile.block_m, tile.block_n)
-        return Launch(table_sums, ranks * tiles_of(self.sizes[3], tile.block_n), constants, warps=4, stages=1)
+        rows = min(tile.block_m, _ROWS)
+        constants = (
+            *table.strides(buffer), *self.sizes[:4], self.bounds, table.all_b, table.all_h, tile.block_m, tile.block_n, rows,
+        )  # fmt: skip
+        programs = ranks * tiles_of(self.sizes[3], tile.block_n) * (tile.block_m // rows)
+        return Launch(table_sums, programs, constants, warps=4, stages=1)
 
 
 def keep(

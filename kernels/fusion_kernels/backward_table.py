@@ -56,29 +56,33 @@ def shared_tile(rank, pid, B, H, N, ALL_B: tl.constexpr, ALL_H: tl.constexpr, BL
 def table_sums(
     slots, flags, aux, table, rank, table_strides, offset, B, H, N, M,
     BOUNDS: tl.constexpr, ALL_B: tl.constexpr, ALL_H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """table[b?, h?, q, k] = the sum of the slots of those that share it; slots: (programs of dq, M / BLOCK_N, BLOCK_M, BLOCK_N).
 
-    BLOCK_M, BLOCK_N: as in dq, which writes no tile that is masked as a whole.
+    A program has ROWS rows of a tile. BLOCK_M, BLOCK_N: as in dq, which writes no tile that is masked as a whole.
     """
     k_tiles = tl.cdiv(M, BLOCK_N)
     pid = tl.program_id(0)
-    k_tile = pid % k_tiles
+    row = pid % (BLOCK_M // ROWS) * ROWS  # of the tile
+    k_tile = pid // (BLOCK_M // ROWS) % k_tiles
     members = 1
     if ALL_H:
         members = H
     if ALL_B:
         members *= B
-    first = pid // k_tiles * members  # of the programs of this tile
+    first = pid // (BLOCK_M // ROWS) // k_tiles * members  # of the programs of this tile
     q_start, b, h = shared_tile(rank, first, B, H, N, ALL_B, ALL_H, BLOCK_M)
     place = table + tl.cast(offset, tl.int64)
     if not ALL_B:
         place += tl.cast(b, tl.int64) * table_strides[0]
     if not ALL_H:
         place += tl.cast(h, tl.int64) * table_strides[1]
-    at = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]  # (BLOCK_M, BLOCK_N)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for i in tl.range(0, members):
+    within = tl.arange(0, ROWS)
+    across = tl.arange(0, BLOCK_N)
+    part = slots + row * BLOCK_N + within[:, None] * BLOCK_N + across[None, :]  # (ROWS, BLOCK_N)
+    total = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    for i in tl.range(0, members, loop_unroll_factor=4):
         live = True
         if BOUNDS is not None:
             q_start, b, h = shared_tile(rank, first + i, B, H, N, ALL_B, ALL_H, BLOCK_M)
@@ -87,13 +91,11 @@ def table_sums(
             every = any_flag(flags, b * H + h, q_start, q_start + BLOCK_M, N)
             live = ((k_tile >= begin) & (k_tile < end)) | every
         if live:
-            slot = slots + (tl.cast(first + i, tl.int64) * k_tiles + k_tile) * (BLOCK_M * BLOCK_N)
-            total += tl.load(slot + at).to(tl.float32)
-    rows = q_start + tl.arange(0, BLOCK_M)
-    keys = k_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    down = tl.cast(rows, tl.int64)[:, None] * table_strides[2]
-    across = tl.cast(keys, tl.int64)[None, :] * table_strides[3]
-    tl.store(place + down + across, total, mask=(rows < N)[:, None] & (keys < M)[None, :])
+            total += tl.load(part + (tl.cast(first + i, tl.int64) * k_tiles + k_tile) * (BLOCK_M * BLOCK_N)).to(tl.float32)
+    rows = q_start + row + within
+    keys = k_tile * BLOCK_N + across
+    place += tl.cast(rows, tl.int64)[:, None] * table_strides[2] + tl.cast(keys, tl.int64)[None, :] * table_strides[3]
+    tl.store(place, total, mask=(rows < N)[:, None] & (keys < M)[None, :])
 
 
 @triton.jit(do_not_specialize=["B", "H", "N", "M", "group", "limit", "scale", "offset"])

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 __all__ = [
-    "EXACT_FP32", "FEW_SCORES", "SHORT", "Tile", "Traits",
-    "backward_dkdv", "backward_dq", "backward_table", "forward", "together",
+    "EXACT_FP32", "FEW_SCORES", "MANY_SCORES", "SHORT", "SLOTS", "Tile", "Traits",
+    "backward_dkdv", "backward_dq", "backward_table", "described", "forward", "together",
 ]  # fmt: skip
 
 # Where tf32 is not allowed, fp32 products are three tf32 products on the tensor cores: at most 1.6 times eager's error
@@ -21,12 +21,15 @@ EXACT_FP32 = "tf32x3"
 # and 0.8 backward at 2^27 and 2^28 scores; at 2^26 a forward was bound by the host.
 FEW_SCORES = 1 << 26
 
-# Bytes of memory for the parts of a shared table's gradient (`backward_slots`): a wave of programs at N = 4096 and one more for
-# each further wave that a launch takes.
-SLOTS = 1 << 27
+# Bytes of memory for the parts of a shared table's gradient (`backward_slots`): two waves of programs at N = 4096. A learned bias
+# took 5.60 ms backward with half of it, 5.48 with twice as much (B = 4, N = 4096, D = 128).
+SLOTS = 1 << 28
 
-# Shorter sequences are read through pointers: a descriptor for the copy engine costs 5 us of host time at each launch.
+# Shorter sequences are read through pointers unless there are many scores: a descriptor for the copy engine costs 5 us of host
+# time at each launch. At N = 512 and 1024 it took 0.87 to 1 of the time backward, 0.95 to 1.04 forward (2^27 and 2^28 scores,
+# D = 128 and 64, eight kinds of programs).
 SHORT = 2048
+MANY_SCORES = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,15 @@ class Traits:
     """What the choice depends on, of a program.
 
     masked: tiles can be skipped; busy: it loads along q or k, or computes a lot (registers); table: it loads an element for each
-    (q, k); shared: the same one for every batch; dropout; parts: a head dim is split in two (72 = 64 + 8).
+    (q, k); shared: the same one for every batch; learned: some table needs a gradient; dropout; parts: a head dim is split in two
+    (72 = 64 + 8).
     """
 
     masked: bool = False
     busy: bool = False
     table: bool = False
     shared: bool = False
+    learned: bool = False
     dropout: bool = False
     parts: bool = False
 
@@ -109,6 +114,8 @@ _DQ = {
         256: Tile(64, 64, 4, 2, True),
     },
     "table": {64: Tile(128, 64, 8, 3, True), 128: Tile(128, 64, 8, 3, True), 256: Tile(64, 64, 4, 2, True)},  # at 128: 276 (274)
+    # with slots for the gradient: 7.70 ms (8.12: 128 x 64) at 64, 5.55 (5.74: 64 x 64) at 128, whole backward
+    "learned": {64: Tile(64, 64, 4, 3, True), 128: Tile(128, 64, 8, 3, True), 256: Tile(64, 64, 4, 2, True)},
     "dropout": {64: Tile(64, 64, 4, 2, True), 128: Tile(64, 64, 4, 2, True), 256: Tile(64, 64, 4, 2, True)},  # 243, 272 (267)
     "parts": {128: Tile(64, 64, 4, 2), 256: Tile(64, 64, 8, 2)},  # 256 (216)
 }
@@ -122,6 +129,11 @@ _TABLE32 = {128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)}
 
 def _pick(table: dict[int, Tile], d: int, dv: int, n: int, m: int) -> Tile:
     return _smaller(table[min(limit for limit in table if limit >= max(d, dv))], n, m)
+
+
+def described(length: int, scores: int) -> bool:
+    """Whether the copy engine's descriptors pay for a loop over `length` rows, in a call of so many scores."""
+    return length >= SHORT or scores >= MANY_SCORES
 
 
 def together(batch: int, traits: Traits) -> int:
@@ -142,7 +154,8 @@ def backward_dkdv(n: int, m: int, d: int, dv: int, dtype: torch.dtype, traits: T
 
 
 def backward_dq(n: int, m: int, d: int, dv: int, dtype: torch.dtype, traits: Traits) -> Tile:
-    return _pick(_DQ32 if dtype == torch.float32 else _DQ[traits.row], d, dv, n, m)
+    row = "learned" if traits.learned and traits.row == "table" else traits.row
+    return _pick(_DQ32 if dtype == torch.float32 else _DQ[row], d, dv, n, m)
 
 
 def backward_table(n: int, m: int, d: int, dv: int, dtype: torch.dtype) -> Tile:

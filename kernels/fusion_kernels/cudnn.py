@@ -30,9 +30,9 @@ LARGEST_HEAD_DIM = 256
 # Rows that hold nothing but -inf are zeros in cuDNN and NaN in eager. With no mask but the causal one such a row needs an
 # infinite q or k whose every product is -inf; with this many keys that takes a column of k without one negative element.
 FEWEST_KEYS = 64
-# Some of its kernels draw dropout in steps of 1/16: at p = 0.1 they drop another part than a tenth, without a word, and torch from
-# 2.12 on goes to flash attention with such a rate (pytorch#174245). Hopper's are exact: on one H200 under 9.19 they dropped 0.01,
-# 0.1, 0.2 and 0.3 of 10^5 to 10^8 probabilities to within chance (D = 32 to 256, N = 128, 197, 512, causal or not, both dtypes).
+# Some of its kernels draw dropout in steps of 1/16: at p = 0.1 they drop another part than a tenth, without a word, and torch
+# from 2.12 on goes to flash attention with such a rate (pytorch#174245). Hopper's are exact: on one H200 under 9.19 they dropped
+# 0.01, 0.1, 0.2 and 0.3 of 10^5 to 10^8 probabilities (D = 32 to 256, N = 128, 197, 512, causal or not, both dtypes).
 DROPOUT_STEPS = 16
 ANY_RATE = torch.__version__ < (2, 12)  # what scaled_dot_product_attention sends to cuDNN
 # Lengths that are no multiple of 128 need a fix of 9.15.1. torch's own choice asks for a version above 9.15.0 as well, and its
@@ -92,9 +92,11 @@ def fits(b: int, h: int, n: int, m: int, d: int, dv: int, causal: bool) -> bool:
 
 
 def drops(p: float, device: torch.device) -> bool:
-    """Whether cuDNN's dropout through scaled_dot_product_attention has exactly this rate; `available` is asked apart."""
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    return 0 < p < 1 and ((p * DROPOUT_STEPS) % 1 == 0 or (ANY_RATE and torch.cuda.get_device_capability(index) == (9, 0)))
+    """Whether cuDNN, where scaled_dot_product_attention takes it, drops at exactly this rate; `available` is asked apart."""
+    if not 0 < p < 1:
+        return False
+    exact = ANY_RATE and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return exact or (p * DROPOUT_STEPS) % 1 == 0
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor, program: Program, dropout_p: float) -> bool:

@@ -10,6 +10,7 @@ import triton.language as tl
 __all__ = [
     "FLAG_ROWS",
     "any_flag",
+    "awaited",
     "dot",
     "dot_pair",
     "floor_divide",
@@ -110,6 +111,22 @@ def dot(a, b, accumulator, PRECISION: tl.constexpr):
         return accumulator + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
     else:
         return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+INTERPRETED = tl.constexpr(not isinstance(dot, triton.JITFunction))
+
+
+@triton.jit
+def awaited(x):
+    """x, as it is: the compiler has to wait here for the product that makes it.
+
+    A product that runs on into the next turn of a loop, past a store, makes ptxas serialise all the products of the loop
+    (its warning C7515); dq with its slots then took 2.26 ms instead of 2.08 (N = 4096, D = 128).
+    """
+    if INTERPRETED:
+        return x
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ NAMES = [
     "plain", "causal", "causal, finfo.min", "strictly anticausal, -1e9", "strictly anticausal, -inf", "window", "blocks, -1e4",
     "alibi", "softcap", "padding", "bias", "own bias", "lowest mask", "relative", "key factor", "row factor", "documents",
     "offset", "math", "sink", "sink of rows", "softmax one", "softmax one, NaN", "deep sink",
+    "infinite", "infinite, quotient", "infinite, sink", "infinite, quotient, sink", "infinite sink",
 ]  # fmt: skip
 
 
@@ -57,7 +58,7 @@ def compare_tiles(name: str, tma: bool) -> list[tuple[str, float, float, float]]
             known.clear()
 
 
-@pytest.mark.parametrize("name", ["causal", "window", "blocks, -1e4", "strictly anticausal, -1e9", "own bias", "sink"])
+@pytest.mark.parametrize("name", ["causal", "window", "blocks, -1e4", "strictly anticausal, -1e9", "own bias", "sink", "infinite, quotient"])
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
 def test_many_tiles(worker: ProcessPoolExecutor, name: str, tma: bool) -> None:
     """Four or five tiles each way."""
@@ -85,6 +86,7 @@ def test_lengths(worker: ProcessPoolExecutor, n: int, m: int) -> None:
 def test_dropout(worker: ProcessPoolExecutor, p: float) -> None:
     check(worker, "causal", (2, 2, 1, 37, 53, 16, 16), p=p)
     check(worker, "sink", (1, 4, 2, 37, 53, 16, 16), p=p)
+    check(worker, "infinite, quotient", (1, 2, 2, 37, 53, 16, 16), p=p)
 
 
 def stored_gradient(shared: str, slots: int, masked: bool) -> tuple[float, float, int]:
@@ -138,13 +140,13 @@ def stored_gradient(shared: str, slots: int, masked: bool) -> tuple[float, float
         ("", 1 << 20, 1),
         ("b", 1 << 20, 1),
         ("b", 1 << 19, 2),
-        ("h", 1 << 17, 9),
+        ("h", 1 << 17, 8),
         ("bh", 5 << 17, 2),
         ("", 1, 1),
         ("b", 1, 1),
         ("bh", 1, 1),
     ],
-    ids=["own", "batches", "in turns", "heads, a tile a turn", "both, a rest", "own, no slots", "batches, no slots", "both, no slots"],
+    ids=["own", "batches", "in turns", "heads, two tiles a turn", "both, a rest", "own, no slots", "batches, no slots", "both, no slots"],
 )
 def test_the_gradient_of_a_table_in_its_own_dtype(
     worker: ProcessPoolExecutor, shared: str, slots: int, launches: int, masked: bool
