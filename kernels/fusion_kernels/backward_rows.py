@@ -96,7 +96,7 @@ def deep_rows(
         total = total * tl.math.exp2((peak - finite) * (FACTOR * LOG2E)) + tl.sum(p, 1)
         peak = higher
     if SINK is not None:
-        z = tl.reshape(SINK(b, h, rows[:, None], (rows < N)[:, None], (B, H, N, M), aux), (BLOCK_M,)) / FACTOR
+        z = SINK(b, h, rows, rows < N, (B, H, N, M), aux) / FACTOR
         higher = tl.maximum(peak, z)
         total = total * tl.math.exp2((peak - higher) * (FACTOR * LOG2E)) + tl.math.exp2((z - higher) * (FACTOR * LOG2E))
         peak = higher
@@ -119,7 +119,7 @@ def sink_rows(
     b = pid // q_tiles // H
     h = pid // q_tiles % H
     sizes = (B, H, N, M)
-    rows = (start + tl.arange(0, BLOCK))[:, None]  # (BLOCK, 1)
+    rows = start + tl.arange(0, BLOCK)
     row = tl.cast(b * H + h, tl.int64) * N + rows
     q_ok = rows < N
     row_base = tl.load(base + row, mask=q_ok, other=0.0)
@@ -127,5 +127,4 @@ def sink_rows(
     row_delta = tl.load(delta + row, mask=q_ok, other=0.0)
     z = SINK(b, h, rows, q_ok, sizes, aux) / FACTOR
     dz = -probability(z, row_base, row_level, FACTOR * LOG2E, DEEP) * row_delta
-    keys = tl.zeros((1, 1), tl.int32)
-    CAPTURES(dz, dz, b, h, rows, keys, q_ok, keys == 0, sizes, aux, daux)
+    CAPTURES(dz, b, h, rows, q_ok, sizes, aux, daux)

@@ -8,7 +8,8 @@ Gluon, and in Triton's interpreter:
     captures(s, grad, ..., aux, daux)                        -> adds d(loss)/d(captures) to the buffers of daux
     bounds(q0, q1, b, h, sizes, aux)                         -> the four ends of `tiles.Bounds`; (k0, k1, ...) for query ranges
     key_mask(b, h, k, k_ok, sizes, aux)                      -> `tiles.key_mask`, a bool the shape of k
-    sink(b, h, q, q_ok, sizes, aux)                          -> the program's sink, the shape of q; `captures` for its gradient
+    sink(b, h, q, q_ok, sizes, aux)                          -> the program's sink, the shape of q
+    sink_captures(grad, b, h, q, ..., aux, daux)             -> adds d(loss)/d(what the sink reads), given d(loss)/d(sink)
 
 q and k are int32 indices that broadcast against s ((BLOCK_M, 1) and (1, BLOCK_N), or transposed), q_ok and k_ok say which
 of them are inside the tensors (or are the constexpr True), sizes is (B, H, N, M), and aux holds the integer parameters and
@@ -207,8 +208,7 @@ def _captures(program: Program, wrt: tuple[int, ...], loads: _Loads, every: _Loa
 
     every: all loads that add to the buffers, these among them.
     """
-    writer = Writer(program, fast_bfloat16)
-    first = {c: sum(1 + program.captures[o].rank for o in wrt[:i]) for i, c in enumerate(wrt)}
+    writer, first = Writer(program, fast_bfloat16), _buffers(program, wrt)
     for node, grad in loads:
         assert isinstance(node.attr, int)
         _, value = writer.write(node, grad)
@@ -229,16 +229,21 @@ def _captures(program: Program, wrt: tuple[int, ...], loads: _Loads, every: _Loa
     return function("captures", _GRAD + ", daux", writer.lines)
 
 
+def _buffers(program: Program, wrt: tuple[int, ...]) -> dict[int, int]:
+    """Where in daux each capture's buffer is."""
+    return {c: sum(1 + program.captures[o].rank for o in wrt[:i]) for i, c in enumerate(wrt)}
+
+
 def _sink_loads(program: Program, wrt: tuple[int, ...]) -> _Loads:
     return () if program.sink_program is None else vjp(program.sink_program, wrt).loads
 
 
 @dataclass(frozen=True)
 class Sink:
-    """A program's sink as device functions.
+    """A program's sink as device functions of rows, tensors of one dim.
 
-    value: the sink's score on rows.
-    captures: adds the gradients of what it reads, as `Phase.captures` does, on a tile of one key; None where none is needed.
+    value: the sink's score.
+    captures: adds the gradients of what it reads; None where none is needed.
     """
 
     value: Any
@@ -255,8 +260,22 @@ def sink(program: Program, wrt: tuple[int, ...] = (), fast_bfloat16: bool = Fals
     result = f"return tl.broadcast_to(tl.cast({name}, tl.float32), q.shape)"
     value = function("sink", "b, h, q, q_ok, sizes, aux", [*writer.lines, result])
     loads = _sink_loads(program, wrt)
-    every = (*vjp(program, wrt).loads, *loads)
-    return Sink(value, _captures(program, wrt, loads, every, fast_bfloat16) if loads else None)
+    return Sink(value, _sink_captures(program, wrt, loads, fast_bfloat16) if loads else None)
+
+
+def _sink_captures(program: Program, wrt: tuple[int, ...], loads: _Loads, fast_bfloat16: bool) -> Any:
+    """As `_captures`: one atomic a tile, or one a row."""
+    writer, first = Writer(program, fast_bfloat16), _buffers(program, wrt)
+    for node, grad in loads:
+        assert isinstance(node.attr, int)
+        _, value = writer.write(node, grad)
+        name = writer.assign(f"tl.where(q_ok, tl.broadcast_to(tl.cast({value}, tl.float32), q.shape), 0.0)")
+        pointer = writer.pointer(node, "daux", first[node.attr])
+        if index_axes(node)[0]:
+            writer.lines.append(f"tl.atomic_add({pointer}, {name}, mask=q_ok, sem='relaxed')")
+        else:
+            writer.lines.append(f"tl.atomic_add({pointer}, tl.sum({name}, axis=0), sem='relaxed')")
+    return function("sink_captures", "grad, b, h, q, q_ok, sizes, aux, daux", writer.lines)
 
 
 def _table(program: Program, node: Node, grad: Node, fast_bfloat16: bool) -> Table:

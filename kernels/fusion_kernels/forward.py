@@ -132,7 +132,7 @@ def _forward(
     total = tl.zeros((BLOCK_M,), tl.float32)
     floor = peak  # a score that each row is known to have, beside those that it has met
     if SINK is not None:
-        z = tl.reshape(SINK(b, h, rows[:, None], (rows < N)[:, None], sizes, aux), (BLOCK_M,))
+        z = SINK(b, h, rows, rows < N, sizes, aux)
         if ZERO_ROWS:
             floor = z
 
