@@ -231,7 +231,7 @@ def plan(
     dropout = (threshold(dropout_p), keep_scale(dropout_p))
     tile = dkdv_tile or configs.backward_dkdv(N, M, D0 + D1, V0 + V1, q.dtype, kind)
     full = found.full if found.q_bounds is not None else masked
-    tma = tile.tma and N >= configs.SHORT and whole and describable(q, do)
+    tma = tile.tma and configs.described(N, B * H * N * M) and whole and describable(q, do)
     constants = (
         qs, ks, vs, gs, dk.stride(), dv.stride(), *sizes, *dropout, found.q_bounds,
         masked.score, masked.factor, masked.deep, masked.dscore, masked.dfactor / full.dfactor,
@@ -243,7 +243,7 @@ def plan(
 
     tile = dq_tile or configs.backward_dq(N, M, D0 + D1, V0 + V1, q.dtype, kind)
     full = found.full if found.kv_bounds is not None else masked
-    tma = tile.tma and M >= configs.SHORT and whole and describable(k, v)
+    tma = tile.tma and configs.described(M, B * H * N * M) and whole and describable(k, v)
     kept = keep(masked, full, captures, q.dtype, sizes, tile, found.kv_bounds)
     constants = (
         qs, ks, vs, gs, dq.stride(), *sizes, *dropout, found.kv_bounds,
