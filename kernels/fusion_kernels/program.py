@@ -360,7 +360,8 @@ def parse(text: str) -> Program:
     last = sink = None
     _, params, *of_rows = lines[1].split()
     if not set(of_rows) <= set(_OF_ROWS):
-        raise ValueError(f"fusion_kernels: cannot read {lines[1]!r} of a score program: rows are {' or '.join(_OF_ROWS)}")
+        known = ", ".join(_OF_ROWS)
+        raise ValueError(f"fusion_kernels: cannot read {lines[1]!r} of a score program: after the number come any of {known}")
     for line in lines[2:]:
         try:
             if line.startswith("sink "):

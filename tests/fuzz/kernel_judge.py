@@ -87,7 +87,7 @@ def _uncancelled(s: Scored, device: str, seed: int) -> list[float]:
     q, k, v, do = (t.double() for t in (d.x.q, d.x.k, d.x.v, d.x.do))
     program = d.case.program
     env = reference._dense_environment(q, k, captures, s.params)
-    p, lse = reference._dense_softmax(env, program)
+    p, _, lse = reference._dense_softmax(env, program)
     p = p.nan_to_num(0.0)
     rows = 1 / (1 - s.dropout) if s.dropout < 1 else 1.0
     values = reference._grouped(v, shape.heads, torch.float64)

@@ -183,7 +183,7 @@ def write(source: bytes, interpreted: bool) -> Scored:
         x = w.step(x)
     ranks = tuple(Capture(_kind(i), len(i.shape)) for i in w.inputs)
     dropout = w.pick(0.1, 0.5) if w.chance(15) else 0.0
-    poison = None
+    poison, inf_rows = None, False
     if w.chance(8):  # in q, or in what is added to the score: never in a key that positions alone hide
         value = w.pick(math.nan, math.inf, -math.inf)
         floats = [i for i, c in enumerate(w.inputs) if c.kind == "normal" and not w.structural]
@@ -192,7 +192,8 @@ def write(source: bytes, interpreted: bool) -> Scored:
             w.inputs[which] = replace(w.inputs[which], poison=value)
         else:
             poison = value
-    program = Program(x, ranks, len(w.params))
+        inf_rows = w.chance(50)
+    program = Program(x, ranks, len(w.params), inf_rows=inf_rows)
     return Scored(
         program.text, w.shape, tuple(w.inputs), tuple(w.params), w.dtype, dropout, w.chance(60), w.pick(*range(256)), poison
     )

@@ -102,6 +102,16 @@ FOUND = {
     "an infinite gradient": written("return F.silu(q @ k.mT).softmax(-1) @ v", (*qkv()[:2], Input("v", ROW, poison=inf))),
     # ATen gives 0 to rows whose scores are all -inf, and without a mask to rows that are all NaN; softmax gives NaN.
     "scores of -inf": written("return (q.abs() @ -k.abs().mT).softmax(-1) @ v", qkv(poison=inf)),
+    # lse was NaN in a row with +inf, and so was dv at all of its keys; of exp(s - logsumexp(s)) eager has NaN at that key alone.
+    "a score of inf": written(
+        """
+        i = torch.arange(5)
+        s = torch.einsum('bqd,bkd->bqk', q, k * -0.3).masked_fill((i[:, None] >= i) == 0, -torch.inf)
+        return torch.exp(s - torch.logsumexp(s, 2, keepdim=True)) @ v
+        """,
+        qkv((3, 5, 40), poison=inf),
+    ),
+    "a score of inf, softmax": written("return (q @ (k * -0.3).mT).softmax(-1) @ v", qkv((3, 5, 40), poison=inf)),
     "scores of NaN": written("return (q @ k.mT).softmax(-1) @ v", qkv(poison=nan)),
 }
 

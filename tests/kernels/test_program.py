@@ -181,11 +181,21 @@ def test_a_deep_program_does_not_recurse() -> None:
     assert value(x, torch.zeros(1, 1, 1, 1, dtype=torch.float64)).item() == 5000 * 5001 / 2
 
 
+@pytest.mark.parametrize("zero_rows", [False, True])
+@pytest.mark.parametrize("inf_rows", [False, True])
+def test_the_text_says_what_rows_are(zero_rows: bool, inf_rows: bool) -> None:
+    program = Program(SCORE, params=2, zero_rows=zero_rows, inf_rows=inf_rows)
+    assert parse(program.text) == program
+    assert ("zero_rows" in program.text, "inf_rows" in program.text) == (zero_rows, inf_rows)
+    assert program.with_root(op("exp", SCORE)) == Program(op("exp", SCORE), (), 2, zero_rows, None, inf_rows)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "starts with 'captures' and 'params'"),
         ("captures\nparams 0", "starts with 'captures' and 'params'"),
+        ("captures\nparams 0 no_rows\n%0 = score", "cannot read 'params 0 no_rows'.* any of zero_rows, inf_rows"),
         ("captures\nparams 0\n%0 = spin", "cannot read '%0 = spin'.*unknown operation 'spin'"),
         ("captures\nparams 0\n%0 = score\n%1 = mul %0", "'mul' takes 2 arguments .* got 1"),
         ("captures\nparams 0\n%0 = exp %7", "cannot read '%0 = exp %7'"),

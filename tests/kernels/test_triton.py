@@ -58,7 +58,9 @@ def compare_tiles(name: str, tma: bool) -> list[tuple[str, float, float, float]]
             known.clear()
 
 
-@pytest.mark.parametrize("name", ["causal", "window", "blocks, -1e4", "strictly anticausal, -1e9", "own bias", "sink", "infinite, quotient"])
+@pytest.mark.parametrize(
+    "name", ["causal", "window", "blocks, -1e4", "strictly anticausal, -1e9", "own bias", "sink", "infinite, quotient"]
+)
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
 def test_many_tiles(worker: ProcessPoolExecutor, name: str, tma: bool) -> None:
     """Four or five tiles each way."""
@@ -146,7 +148,16 @@ def stored_gradient(shared: str, slots: int, masked: bool) -> tuple[float, float
         ("b", 1, 1),
         ("bh", 1, 1),
     ],
-    ids=["own", "batches", "in turns", "heads, two tiles a turn", "both, a rest", "own, no slots", "batches, no slots", "both, no slots"],
+    ids=[
+        "own",
+        "batches",
+        "in turns",
+        "heads, two tiles a turn",
+        "both, a rest",
+        "own, no slots",
+        "batches, no slots",
+        "both, no slots",
+    ],
 )
 def test_the_gradient_of_a_table_in_its_own_dtype(
     worker: ProcessPoolExecutor, shared: str, slots: int, launches: int, masked: bool
