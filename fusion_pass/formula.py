@@ -129,6 +129,9 @@ class _Printer:
         if node.op == "neg":
             return self._wrap(f"-{self.text(node.args[0], 6)}", 4, outer)
         if node.op == "not":
+            (a,) = node.args
+            if a.op in _OPPOSITE and a.args[0].kind == "int":
+                return self.text(Node.make(_OPPOSITE[a.op], *a.args), outer)
             return self._wrap(f"not {self.text(node.args[0], 2)}", 2, outer)
         return f"{node.op}({', '.join(self.text(a) for a in node.args)})"
 

@@ -25,6 +25,7 @@ __all__ = ["Number", "Scores", "scores"]
 
 MAX_RANK = 6
 MAX_NODES = 1500
+_INEQUALITIES = frozenset({"lt", "le", "gt", "ge"})
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,8 @@ class _Writer:
             return self.integer(node.attr)  # pyright: ignore
         if node.op == "number":
             return self._captured(Number(node.attr), [])  # pyright: ignore
+        if node.op in _INEQUALITIES and all(a.op == "sym" or (a.op == "const" and a.kind == "int") for a in node.args):
+            return self.inequality(node)
         if self._reads_score(node):
             return apply(node.op, *map(self.write, node.args))
         if not any(n.op == "number" or n.op in INDEXED or n.op in REDUCTIONS for n in postorder(node)):
@@ -221,6 +224,25 @@ class _Writer:
         dtype = torch.float32 if isinstance(what, Number) else what.dtype
         kind = _kind(dtype)
         return p.load(self.captures.index(what), kind, index)
+
+    def inequality(self, node: Node) -> Node:
+        """A comparison of positions in normal form: ``a k + b q + ... <= c`` with a > 0 (b > 0 without a k), or its negation.
+
+        So one condition is one node, whichever way round it was written: ``k > q`` and ``k >= q + 1`` are ``not (k <= q)``.
+        """
+        a, b = (expr_of(x.attr) for x in node.args)
+        if node.op in ("ge", "gt"):
+            a, b = b, a
+        below = sympy.expand(a - b)  # a <= b is a - b <= 0
+        above = 1 - below  # what is no more than 0 where it is not
+        strict = int(node.op in ("lt", "gt"))
+        below, above = below + strict, above - strict
+        leading = [c for x in (self.m.axis, self.m.query) if (c := below.coeff(x, 1)) != 0]
+        turned = bool(leading) and leading[0].is_negative
+        terms = sympy.Add.make_args(sympy.expand(above if turned else below))
+        left = sympy.Add(*(t for t in terms if self.axes.of(t) and t.as_coeff_Mul()[0] > 0))
+        found = apply("le", self.integer(left), self.integer(left - sympy.Add(*terms)))
+        return apply("not", found) if turned else found
 
     def integer(self, expr: Any) -> Node:
         """A sympy index expression as integer nodes; parts without axes are parameters, computed on the host."""

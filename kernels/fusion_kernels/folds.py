@@ -43,7 +43,7 @@ def _bf16(x: float) -> float:
     return struct.unpack("f", struct.pack("I", bits & 0xFFFFFFFF))[0]
 
 
-def _known(**values: float) -> Callable[[float], float]:
+def _at(**values: float) -> Callable[[float], float]:
     """A function by its exact values; ValueError elsewhere, where libraries differ in the last bit. Its zeros keep no sign."""
     table = {float(name): value for name, value in values.items()}
 
@@ -91,8 +91,8 @@ FOLDS: dict[str, Callable[..., Number]] = {
     "floor": _whole(math.floor),
     "ceil": _whole(math.ceil),
     "trunc": _whole(math.trunc),
-    "exp": _known(**{"-inf": 0.0, "0": 1.0, "inf": math.inf}),
-    "log": _known(**{"0": -math.inf, "1": 0.0, "inf": math.inf}),
+    "exp": _at(**{"-inf": 0.0, "0": 1.0, "inf": math.inf}),
+    "log": _at(**{"0": -math.inf, "1": 0.0, "inf": math.inf}),
     "round_float16": _f16,
     "round_bfloat16": _bf16,
 }
@@ -107,10 +107,10 @@ def exact(op: str, values: Sequence[Number]) -> Number | None:
         narrow = FOLDS[op](*(_f32(v) if isinstance(v, float) else v for v in values))
     except (ValueError, ZeroDivisionError, OverflowError):
         return None
-    if op in ("maximum", "minimum") and len({math.copysign(1, v) for v in values if v == 0}) == 2:
+    if op in ("maximum", "minimum") and len({math.copysign(1, v) for v in values if _f32(v) == 0}) == 2:
         return None  # of 0 and -0
     if isinstance(wide, float):
-        return wide if _same(_f32(wide), _f32(narrow)) else None
+        return wide if _same(_f32(wide), _f32(narrow)) and math.isinf(_f32(wide)) == math.isinf(wide) else None
     small = isinstance(wide, bool) or abs(wide) < LARGEST_INT
     return wide if small and wide == narrow else None
 

@@ -129,6 +129,8 @@ def _fold(op: str, *args: Node) -> Node | None:
         kind = _kind(op, args, None)
         return const({"float": float, "int": int, "bool": bool}[kind](value))
     is_const = [x.op == "const" for x in args]
+    if op in ("add", "sub") and (made := _distributed(op, args)) is not None:
+        return made  # first, for 0 + (-0) is 0, and what follows takes 0 + x for x
     if op == "add" and b is not None:
         if is_const[1] and b.attr == 0 and not isinstance(b.attr, bool):
             return a
@@ -144,8 +146,8 @@ def _fold(op: str, *args: Node) -> Node | None:
         return const(0)
     if op == "where":
         return _where(*args)
-    if op in ("ge", "lt") and a.op == "index" and is_const[1] and values[1] <= 0:  # type: ignore[operator]
-        return const(op == "ge")  # no index is negative: transformers writes q >= 0 for "no structure"
+    if op in ("lt", "le", "gt", "ge") and a.op == "index" and is_const[1] and values[1] <= -(op in ("le", "gt")):  # type: ignore[operator]
+        return const(op in ("gt", "ge"))  # no index is negative: transformers writes q >= 0 for "no structure"
     if op in ("and", "or") and b is not None:
         for x, other in ((a, b), (b, a)):
             if x.op == "const":
@@ -165,7 +167,7 @@ def _fold(op: str, *args: Node) -> Node | None:
         return a
     if op == "to_float" and a.kind == "float":
         return a
-    if op == "sub" and b is not None and b.kind == "float" and not is_const[1] and _chosen(b) is not None:
+    if op == "sub" and b is not None and b.kind == "float" and "const" not in (a.op, b.op) and _chosen(b) is not None:
         return apply("add", a, apply("neg", b))  # a - b is a + (-b), bit by bit: of a mask that is subtracted, one that is added
     return _distributed(op, args)
 
