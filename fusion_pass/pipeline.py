@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.fx
 from fusion_kernels.choice import kernel_for
-from fusion_kernels.sdpa import Form
 
 from . import config, legality
 from .anchors import Anchor, find_anchors
@@ -102,7 +102,7 @@ class _Run:
     def __init__(
         self, gm: torch.fx.GraphModule, when: str, graph: int, first: int, body: bool, closed: dict[str, Verdict]
     ) -> None:
-        self.gm, self.when, self.graph, self.first, self.body, self.closed = gm, when, graph, first, body, closed
+        self.gm, self.when, self.graph, self.first, self.closed = gm, when, graph, first, closed
         self.shadow = trace(gm, body)
         self.splicer = Splicer(gm, self.shadow)
         self.matches: dict[Anchor, Match] = {}
@@ -152,8 +152,11 @@ class _Run:
             found = self._match(anchor)
             score = scores(found)
             attention = self._describe(found, score)
-            verdict, sdpa = self._decide(index, found, score, attention)
+            verdict = self._decide(found, score, attention)
+            sdpa = plain(found, score.program) if verdict.kernel == "cudnn" else None
             self.splicer.splice(found, score, sdpa)
+            if verdict.kernel == "cudnn" and sdpa is None:  # the op decides, call by call, with the sizes before it
+                verdict = replace(verdict, kernel=_undecided(found), backward=verdict.backward and _undecided(found))
         except Refused as refusal:
             verdict = Verdict(False, reason=refusal.reason, seen=refusal.seen, needed=refusal.needed)
         except Exception as error:
@@ -162,8 +165,8 @@ class _Run:
             verdict = Verdict(False, reason=Reason.INTERNAL, seen=f"{type(error).__name__}: {error}")
         return Site(index, self.graph, source, code, anchor.record.node.name, verdict, attention)
 
-    def _decide(self, index: int, found: Match, score: Scores, attention: AttentionSite) -> tuple[Verdict, Form | None]:
-        """The verdict on a site that may be fused, and the site as scaled_dot_product_attention where that takes its place.
+    def _decide(self, found: Match, score: Scores, attention: AttentionSite) -> Verdict:
+        """The verdict on a site that may be fused.
 
         Raises:
             Refused: it may not be, or would not pay.
@@ -171,25 +174,17 @@ class _Run:
         legality.check(self.shadow, found, score, device=attention.device)
         needing = [o.requires_grad for o in (attention.q, attention.k, attention.v)]
         captured = any(c.requires_grad for c in attention.captures)
-        trained = found.anchor.product.grad and (captured or any(needing))
         named = partial(
-            kernel_for, attention.device, attention.q.dtype, attention.v.dtype, score.program,
+            kernel_for, attention.device, attention.q.dtype, attention.v.dtype, score.program, attention.dropout_p,
             same_head_dim=same(found.q.shape[3], found.v.shape[3]),
         )  # fmt: skip
-        # whether dropout may go there too is for `plain` to say: the op itself has none in cuDNN
-        sdpa = None
-        if named(0.0) == "cudnn":
-            sdpa = plain(found, score.program, attention.device, trained=trained, body=self.body, site=index)
-        kernel = "cudnn" if sdpa is not None else named(attention.dropout_p)
+        kernel = named()
         if self.when == "profitable":
             reason = legality.profitable(found, kernel, attention.device)
             if reason is not None:
                 raise Refused(Reason.NOT_PROFITABLE, reason, 'when="always" fuses it all the same')
-        if kernel != "cudnn":
-            backward = named(attention.dropout_p, backward=True, capture_grads=captured)
-        else:  # without `sdpa` the op decides, call by call, with the sizes before it
-            kernel = backward = kernel if sdpa is not None else _undecided(found)
-        return Verdict(True, kernel, backward if trained else ""), sdpa
+        trained = found.anchor.product.grad and (captured or any(needing))
+        return Verdict(True, kernel, named(backward=True, capture_grads=captured) if trained else "")
 
     def _describe(self, found: Match, score: Scores) -> AttentionSite:
         names = [_name(c) if isinstance(c, Value) else str(c.expr) for c in score.captures]

@@ -86,16 +86,14 @@ class Splicer:
                 self._kept(self._held(c), c, match) if isinstance(c, Value) else self._number(c, q) for c in scores.captures
             ]
             params = [self.size(e) for e in scores.params]
+            seed = None
+            if match.dropout_p:
+                seed = self.call(torch.randint, 0, SEEDS, (), device=match.q.value.tensor.device)
             if sdpa is not None:
                 shared = match.q.shape[1] != match.k.shape[1]
                 how = {"is_causal": sdpa.causal, "scale": sdpa.scale, "enable_gqa": shared}
-                if match.dropout_p:  # its seed is drawn inside the call
-                    how["dropout_p"] = float(match.dropout_p)
                 both = out = self.call(scaled_dot_product_attention, q, k, v, **how)
             else:
-                seed = None
-                if match.dropout_p:
-                    seed = self.call(torch.randint, 0, SEEDS, (), device=match.q.value.tensor.device)
                 both = self.call(ATTENTION, q, k, v, captures, params, scores.program.text, match.dropout_p, seed)
                 out = self.call(operator.getitem, both, 0)
             for step in match.out_steps:

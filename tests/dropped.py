@@ -10,14 +10,14 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from checks import Result, assert_rule, exactly, run
+from checks import assert_rule, exactly, run
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 __all__ = ["Attention", "Dropping", "P", "assert_dropout", "assert_rate", "kept", "under"]
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-P = 0.125  # a rate that cuDNN has
+P = 0.125
 
 
 class Dropping(nn.Module):
@@ -80,13 +80,8 @@ def assert_dropout(
     inputs: Sequence[Tensor],
     p: float,
     causal: bool,
-    rule: Callable[[Result, Result, Result], None] = assert_rule,
 ) -> None:
-    """Mask, output and every gradient of a compiled attention with dropout: the rate, the seed, and the rule of `checks`.
-
-    Args:
-        rule: asks of a fused result, eager's and the exact one whether the first may be as wrong as it is.
-    """
+    """Mask, output and every gradient of a compiled attention with dropout: the rate, the seed, and the rule of `checks`."""
     q, k, v = inputs
     first, again, other = (kept(call, q, k, v, seed) for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
@@ -97,4 +92,4 @@ def assert_dropout(
         return call(q, k, v)
 
     eager = under(first, p, causal)
-    rule(run(seeded, inputs), run(eager, inputs), exactly(eager, inputs))
+    assert_rule(run(seeded, inputs), run(eager, inputs), exactly(eager, inputs))

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import Recorder, assert_fused, compile_always
+from dropped import Dropping, assert_dropout
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -228,3 +229,34 @@ def test_later_random_numbers_still_depend_on_the_seed() -> None:
     a = compiled(*operands())
     torch.manual_seed(8)
     assert torch.equal(a, compiled(*operands()))
+
+
+@pytest.mark.parametrize(
+    "fn,heads,lengths,dtype,inner",
+    [
+        (Dropping(P), 4, (129, 129), torch.bfloat16, "eager"),
+        (Dropping(P, causal=True), 4, (129, 129), torch.float32, "inductor"),
+        (Dropping(P, causal=True), 2, (197, 197), torch.float16, "aot_eager"),
+        (Dropping(0.5), 4, (63, 197), torch.bfloat16, "aot_eager"),
+        (mask_by_bernoulli, 4, (129, 129), torch.bfloat16, "eager"),
+        (in_place, 4, (129, 129), torch.bfloat16, "eager"),
+    ],
+    ids=["full", "causal", "grouped", "two lengths", "by bernoulli", "in place"],
+)
+def test_by_the_mask_that_was_drawn(
+    fn: Callable[..., Tensor], heads: int, lengths: tuple[int, int], dtype: torch.dtype, inner: str
+) -> None:
+    torch.manual_seed(0)
+    n, m = lengths
+    shapes = (2, 4, n, 16), (2, heads, m, 16), (2, heads, m, 16)
+    inputs, recorder = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes], Recorder(inner)
+    p = fn.dropout.p if isinstance(fn, Dropping) else P
+    assert_dropout(compile_always(fn, recorder), inputs, p, isinstance(fn, Dropping) and fn.causal)
+    assert_fused(fusion_pass.last_report(), recorder, 1)
+
+
+def test_a_checkpoint_around_it() -> None:
+    """What is run again, outside of the compiled graph, draws the same mask: torch puts its generator back."""
+    call = compile_always(Dropping(P), Recorder("aot_eager"))
+    inputs = [torch.randn(2, 4, 129, 16, requires_grad=True) for _ in range(3)]
+    assert_dropout(lambda *a: checkpoint(call, *a, use_reentrant=False), inputs, P, causal=False)  # pyright: ignore

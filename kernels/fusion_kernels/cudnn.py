@@ -3,10 +3,6 @@
 It is what torch.compile runs for the attention that it knows by heart, and faster than portable Triton: 1.04 to 1.36 times
 forward and 1.1 to 1.35 times backward at N = 2048 and above (one H200, bf16, D = 64 and 128). Everything else about a site (a
 mask that is not causal, a bias, dropout, fp32, a gradient that has to be deterministic) stays with the Triton kernels.
-
-Dropout stays with them because the op is given its seed, as a tensor of the graph, and draws the same mask from it whatever runs
-it; ATen's call takes seed and offset from torch's generator by itself. That is good enough for torch's own
-scaled_dot_product_attention, which `fusion_pass` may put in the op's place; `drops` says at which rates.
 """
 
 from __future__ import annotations
@@ -21,7 +17,7 @@ from torch import Tensor
 from .program import Program
 from .sdpa import form
 
-__all__ = ["attention_backward", "attention_forward", "available", "drops", "expresses", "fits", "supports"]
+__all__ = ["attention_backward", "attention_forward", "available", "expresses", "fits", "supports"]
 
 LN2 = math.log(2.0)
 LOG2E = math.log2(math.e)
@@ -30,11 +26,6 @@ LARGEST_HEAD_DIM = 256
 # Rows that hold nothing but -inf are zeros in cuDNN and NaN in eager. With no mask but the causal one such a row needs an
 # infinite q or k whose every product is -inf; with this many keys that takes a column of k without one negative element.
 FEWEST_KEYS = 64
-# Some of its kernels draw dropout in steps of 1/16: at p = 0.1 they drop another part than a tenth, without a word, and torch
-# from 2.12 on goes to flash attention with such a rate (pytorch#174245). Hopper's are exact: on one H200 under 9.19 they dropped
-# 0.01, 0.1, 0.2 and 0.3 of 10^5 to 10^8 probabilities (D = 32 to 256, N = 128, 197, 512, causal or not, both dtypes).
-DROPOUT_STEPS = 16
-ANY_RATE = torch.__version__ < (2, 12)  # what scaled_dot_product_attention sends to cuDNN
 # Lengths that are no multiple of 128 need a fix of 9.15.1. torch's own choice asks for a version above 9.15.0 as well, and its
 # wheels for CUDA 12 come with an older one (pytorch#169849, #171627; `check_prefer_cudnn_attention` in torch's sdp_utils.cpp).
 OLDEST = 91501
@@ -91,16 +82,8 @@ def fits(b: int, h: int, n: int, m: int, d: int, dv: int, causal: bool) -> bool:
     return d % 8 == 0 and 0 < d <= LARGEST_HEAD_DIM and dv == d and m >= FEWEST_KEYS and not (causal and n != m)
 
 
-def drops(p: float, device: torch.device) -> bool:
-    """Whether cuDNN, where scaled_dot_product_attention takes it, drops at exactly this rate; `available` is asked apart."""
-    if not 0 < p < 1:
-        return False
-    exact = ANY_RATE and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    return exact or (p * DROPOUT_STEPS) % 1 == 0
-
-
 def supports(q: Tensor, k: Tensor, v: Tensor, program: Program, dropout_p: float) -> bool:
-    """Whether this call may go to cuDNN; `available` is asked apart. Never with dropout: see the top of this file."""
+    """Whether this call may go to cuDNN; `available` is asked apart."""
     if dropout_p or q.dtype not in HALVES or v.dtype != q.dtype or not expresses(program):
         return False
     f = form(program)

@@ -9,13 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import Recorder, Result, compile_always, exactly, run
-from dropped import Dropping, P, assert_dropout, assert_rate, kept
 from fusion_kernels import attention, cudnn
 from fusion_kernels.choice import force
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-
-import fusion_pass
 
 DEVICE = torch.device("cuda")
 pytestmark = [
@@ -160,105 +156,6 @@ def kernels(recorder: Recorder) -> list[str]:
 def assert_results(ours: Result, own: Result, exact: Result) -> None:
     for (name, a), (_, b), (_, c) in zip(ours.named(), own.named(), exact.named(), strict=True):
         assert_error(name, a, b, c)
-
-
-DROPPED = {  # B, H, Hkv, N, M, D; causal; dtype; what compiles the graph
-    "full": ((2, 4, 4, 128, 128, 64), False, BF16, "inductor"),
-    "causal": ((2, 4, 4, 197, 197, 128), True, BF16, "inductor"),
-    "float16": ((2, 2, 2, 129, 129, 64), True, FP16, "aot_eager"),
-    "odd lengths": ((1, 3, 3, 63, 197, 72), False, BF16, "aot_eager"),
-    "grouped": ((2, 4, 2, 256, 256, 64), True, BF16, "aot_eager"),
-    "two queries": ((2, 4, 4, 2, 129, 64), False, BF16, "aot_eager"),
-    "head dim 40": ((2, 2, 2, 577, 577, 40), True, BF16, "aot_eager"),
-    "head dim 256": ((1, 2, 2, 129, 129, 256), False, BF16, "aot_eager"),
-}
-
-
-@pytest.mark.parametrize("name", DROPPED)
-def test_dropout_in_training(name: str) -> None:
-    """Rate, seed, output and gradients, by the mask that was drawn; and it is cuDNN that runs."""
-    shape, causal, dtype, inner = DROPPED[name]
-    x, recorder = leaves(*shape, dtype), Recorder(inner)
-    call = compile_always(Dropping(P, causal), recorder)
-    assert_dropout(call, x, P, causal, assert_results)
-    assert kernels(recorder) == ["sdpa"]
-    (site,) = fusion_pass.last_report().fused
-    assert (site.verdict.kernel, site.verdict.backward) == ("cudnn", "cudnn")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
-        call(*x).sum().backward()
-    ran = {event.name for event in profile.events() or ()}
-    assert {f"aten::_scaled_dot_product_cudnn_attention{end}" for end in ("", "_backward")} <= ran
-
-
-@pytest.mark.parametrize("p", [0.01, 0.0625, 0.1, 0.3, 0.5, 0.9375])
-@pytest.mark.parametrize("d", [64, 128])
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-def test_rate_of_dropout(causal: bool, d: int, p: float) -> None:
-    """Of millions of probabilities: a rate that is off by a thousandth shows."""
-    q, k, v = leaves(32, 8, 8, d if causal else 512, d, d)
-    recorder = Recorder("aot_eager")
-    assert_rate(kept(compile_always(Dropping(p, causal), recorder), q, k, v, 3), p, causal)
-    assert kernels(recorder) == ["sdpa" if cudnn.drops(p, q.device) else "op"]
-
-
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-def test_two_sites_draw_apart(inner: str) -> None:
-    one, recorder = Dropping(), Recorder(inner)
-    both = compile_always(lambda *a: (one(*a), one(*a)), recorder)
-    first, second = both(*leaves(2, 4, 4, 128, 128, 64))
-    assert kernels(recorder) == ["sdpa", "sdpa"] and not torch.equal(first, second)
-
-
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-def test_calls_draw_apart(inner: str) -> None:
-    q, k, v = leaves(2, 4, 4, 128, 128, 64)
-    call = compile_always(Dropping(), Recorder(inner))
-    torch.manual_seed(5)
-    first, second = call(q, k, v), call(q, k, v)
-    torch.manual_seed(5)
-    assert torch.equal(first, call(q, k, v)) and not torch.equal(first, second)
-
-
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-def test_a_checkpoint_around_it(inner: str) -> None:
-    """It puts torch's generator back before it runs the compiled graph again."""
-    recorder = Recorder(inner)
-    call = compile_always(Dropping(causal=True), recorder)
-    x = leaves(2, 4, 4, 129, 129, 64)
-    assert_dropout(lambda *a: checkpoint(call, *a, use_reentrant=False), x, P, True, assert_results)  # pyright: ignore
-    assert kernels(recorder) == ["sdpa"]
-
-
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-def test_a_checkpoint_inside_is_for_the_op(inner: str) -> None:
-    """The mask is that of the forward: with v the identity, out is the dropped probabilities, and dv is out^T do."""
-    recorder, module = Recorder(inner), Dropping(0.5)
-    call = compile_always(lambda *a: checkpoint(module, *a, use_reentrant=False), recorder)
-    q, k, v = leaves(2, 4, 4, 128, 128, 128)
-    v = torch.eye(128, device=DEVICE, dtype=BF16).expand(v.shape).contiguous().requires_grad_()
-    out = call(q, k, v)
-    do = torch.randn_like(out)
-    (dv,) = torch.autograd.grad(out, v, do)
-    torch.testing.assert_close(dv, (out.detach().double().mT @ do.double()).to(BF16), rtol=2e-2, atol=1e-2)
-    assert kernels(recorder) == ["op"]
-
-
-def test_dropout_heeds_what_the_user_has_set() -> None:
-    x = leaves(2, 4, 4, 128, 128, 64)
-    recorder = Recorder("aot_eager")
-    torch.use_deterministic_algorithms(True)
-    try:
-        compile_always(Dropping(), recorder)(*x)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        compile_always(Dropping(), recorder)(*x)
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(True)
-    with torch.no_grad():
-        compile_always(Dropping(), recorder)(*x)
-    assert kernels(recorder) == ["op"] * 3
 
 
 def test_queries_that_a_batch_shares() -> None:

@@ -81,26 +81,6 @@ def test_unsupported(name: str) -> None:
     assert not call(**UNSUPPORTED[name])
 
 
-@pytest.mark.parametrize("p", [0.0625, 0.125, 0.5, 0.9375, 1 - 0.75])
-def test_rates_of_dropout(p: float) -> None:
-    assert cudnn.drops(p, torch.device("cpu"))
-
-
-@pytest.mark.parametrize("p", [0.0, 0.01, 0.1, 0.3, 1 / 3, 0.125 + 1e-6, 0.99, 1.0])
-def test_rates_between_its_steps(p: float) -> None:
-    assert not cudnn.drops(p, torch.device("cpu"))
-
-
-@pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize("capability,routed", [((9, 0), True), ((9, 0), False), ((10, 0), True)])
-def test_rates_on_hopper(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], routed: bool, exact: bool) -> None:
-    """Hopper's kernels are exact, where torch goes there with such a rate."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(cudnn, "ANY_RATE", routed)
-    assert cudnn.drops(0.125 if exact else 0.1, torch.device("cuda")) == (exact or (routed and capability == (9, 0)))
-    assert not cudnn.drops(1.0, torch.device("cuda"))
-
-
 def test_batch_and_heads() -> None:
     sizes = {"n": 128, "m": 128, "d": 64, "dv": 64, "causal": False}
     assert cudnn.fits(65535, 65535, **sizes)
