@@ -28,6 +28,7 @@ def attention(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     softcap: float | None = None,
+    sink: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | int | None = None,
     program: Program | str | None = None,
@@ -38,7 +39,7 @@ def attention(
     """``softmax(f(q k^T)) v`` in one op, forward and backward, without an N x N tensor.
 
     The score is built in this order: times `scale`, `softcap`, plus `bias`, then everything masked is -inf. A row that
-    sees no key is NaN, as in eager PyTorch. Differentiable in q, k, v and every floating-point bias, mask and capture.
+    sees no key is NaN, as in eager PyTorch. Differentiable in q, k, v and every floating-point bias, mask, sink and capture.
     A tile of keys that `causal`, `window` or a mask over keys alone (padding) hides is skipped: a NaN or infinity in it does not
     reach the output, where in eager PyTorch 0 * NaN does.
 
@@ -52,6 +53,8 @@ def attention(
         bias: floating point, broadcastable to (B, H, N, M); added to the scores.
         mask: bool, broadcastable to (B, H, N, M), True where the query may see the key; or floating point, added.
         softcap: c: the scaled score s becomes c tanh(s / c).
+        sink: floating point, broadcastable to (B, H, N): a score that takes its part of each row's softmax and has no value, as a
+            column that is dropped after it. (H, 1) is one a head; zeros are softmax-one. A row that sees no key is the sink's: 0.
         dropout_p: probability to drop an attention weight.
         seed: int or 0-d int64 tensor on q's device that decides what is dropped; default: drawn from torch's generator.
         program: a score program instead of all of the above (no implicit scale), reading `captures` and `params`.
@@ -64,7 +67,8 @@ def attention(
         ValueError: an argument does not fit; the message names it, its shape or value, and what was needed.
     """
     if program is not None:
-        simple = {"scale": scale, "window": window, "bias": bias, "mask": mask, "softcap": softcap, "causal": causal or None}
+        simple = {"scale": scale, "window": window, "bias": bias, "mask": mask, "softcap": softcap, "sink": sink}
+        simple["causal"] = causal or None
         given = [name for name, value in simple.items() if value is not None]
         if given:
             raise ValueError(f"fusion_kernels: program was passed with {', '.join(given)}; needed: one or the other")
@@ -72,7 +76,7 @@ def attention(
     else:
         if captures or params:
             raise ValueError("fusion_kernels: captures or params were passed without a program; needed: the one that reads them")
-        text, captures = _build(q, k, scale, causal, window, bias, mask, softcap)
+        text, captures = _build(q, k, scale, causal, window, bias, mask, softcap, sink)
     if dropout_p and not isinstance(seed, Tensor):
         seed = torch.randint(2**62, (), device=q.device) if seed is None else torch.tensor(seed, device=q.device)
     seed = seed if dropout_p and isinstance(seed, Tensor) else None
@@ -91,6 +95,7 @@ def _build(
     bias: Tensor | None,
     mask: Tensor | None,
     softcap: float | None,
+    sink: Tensor | None,
 ) -> tuple[str, list[Tensor]]:
     """The program of the simple arguments, and the tensors that it reads."""
     if q.dim() != 4 or k.dim() != 4:
@@ -103,15 +108,16 @@ def _build(
     full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     tensors: list[Tensor] = []
     plans: list[tuple[str, str, tuple[bool, ...]]] = []
-    for name, t in (("bias", bias), ("mask", mask)):
+    for name, t in (("bias", bias), ("mask", mask), ("sink", sink)):
         if t is None:
             continue
-        if name == "bias" and not t.dtype.is_floating_point:
-            raise ValueError(f"fusion_kernels: bias has dtype {t.dtype}; needed: floating point (a bool tensor is a mask)")
+        if name != "mask" and not t.dtype.is_floating_point:
+            raise ValueError(f"fusion_kernels: {name} has dtype {t.dtype}; needed: floating point (a bool tensor is a mask)")
         if not (t.dtype.is_floating_point or t.dtype == torch.bool):
             raise ValueError(f"fusion_kernels: mask has dtype {t.dtype}; needed: bool (True: visible) or floating point (added)")
-        if t.dim() > 4 or any(a not in (1, b) for a, b in zip(t.shape[::-1], full[::-1])):
-            raise ValueError(f"fusion_kernels: {name} has shape {tuple(t.shape)}; needed: broadcastable to {full} (B, H, N, M)")
+        whole, dims = (full[:3], "(B, H, N)") if name == "sink" else (full, "(B, H, N, M)")
+        if t.dim() > len(whole) or any(a not in (1, b) for a, b in zip(t.shape[::-1], whole[::-1])):
+            raise ValueError(f"fusion_kernels: {name} has shape {tuple(t.shape)}; needed: broadcastable to {whole} {dims}")
         spread = tuple(bool(a == 1) for a in t.shape)
         plans.append((name, "bool" if t.dtype == torch.bool else "float", spread))
         tensors.append(t)
@@ -129,16 +135,19 @@ def _text(
     if softcap is not None:
         x = apply("mul", apply("tanh", apply("div", x, const(float(softcap)))), const(float(softcap)))
     visible: list[Node] = []
+    sink = None
     if causal:
         visible.append(apply("le", k, q))
     if window is not None:
         visible.append(apply("gt", k, apply("sub", q, const(window))))
         if not causal:
             visible.append(apply("lt", k, apply("add", q, const(window))))
-    for i, (_, kind, spread) in enumerate(plans):
-        names = AXES[4 - len(spread) :]
-        read = load(i, kind, [const(0) if one else index(n) for n, one in zip(names, spread)])
-        if kind == "bool":
+    for i, (name, kind, spread) in enumerate(plans):
+        axes = AXES[:3] if name == "sink" else AXES
+        read = load(i, kind, [const(0) if one else index(n) for n, one in zip(axes[len(axes) - len(spread) :], spread)])
+        if name == "sink":
+            sink = read
+        elif kind == "bool":
             visible.append(read)
         else:
             x = apply("add", x, read)
@@ -147,4 +156,5 @@ def _text(
         for other in visible[1:]:
             p = apply("and", p, other)
         x = apply("where", p, x, const(-math.inf))
-    return Program(x, tuple(Capture(kind, len(spread)) for _, kind, spread in plans)).text
+    captures = tuple(Capture(kind, len(spread)) for _, kind, spread in plans)
+    return Program(x, captures, zero_rows=sink is not None, sink=sink).text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,12 @@ SINKS = {
     "one": (load(0, "float", []), ()),
     "twice": (apply("add", load(0, "float", [H_]), apply("mul", load(0, "float", [const(0)]), const(3.0))), (4,)),
 }
+
+
+def fused(*operands: Tensor, **arguments: Any) -> Tensor:
+    out = attention(*operands, **arguments)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def program(sink: Node, rank: int, fill: float | None, zero_rows: bool = True) -> Program:
@@ -52,17 +59,43 @@ def test_one_more_column(name: str, fill: float | None, zero_rows: bool, low: fl
     z = torch.where(torch.arange(z.numel()).view(shape) % 3 == 1, z + low, z)
     wanted = [t.requires_grad_() for t in (q, k, v, z)]
     with force(way):
-        ours = attention(q, k, v, program=program(sink, z.dim(), fill, zero_rows), captures=[z])
+        ours = fused(q, k, v, program=program(sink, z.dim(), fill, zero_rows), captures=[z])
         gradients = torch.autograd.grad(ours, wanted, do)
     exact = by_hand(q, k, v, z, fill, zero_rows, name)
     for found, expected in zip((ours, *gradients), (exact, *torch.autograd.grad(exact, wanted, do)), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9, equal_nan=True)
 
 
+def test_the_argument() -> None:
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, h, 63, 8, generator=generator, dtype=torch.float64) for h in (4, 2, 2))
+    for shape in ((4, 1), (2, 4, 63), (1,), ()):
+        z = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        ours = fused(q, k, v, scale=0.25, causal=True, sink=z)
+        x = (q @ k.repeat_interleave(2, 1).mT * 0.25).masked_fill(~torch.ones(63, 63).tril().bool(), -math.inf)
+        column = z.expand(2, 4, 63).unsqueeze(-1)
+        exact = torch.cat([x, column], -1).softmax(-1)[..., :-1] @ v.repeat_interleave(2, 1)
+        torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-9)
+        (a,), (b,) = (torch.autograd.grad(out.square().sum(), z) for out in (ours, exact))
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    hidden = fused(q, k, v, mask=torch.zeros(63, 63, dtype=torch.bool), sink=torch.zeros(4, 1, dtype=torch.float64))
+    assert not hidden.any()
+
+
+def test_bad_arguments() -> None:
+    q = torch.randn(2, 4, 63, 8)
+    with pytest.raises(ValueError, match=r"sink has shape \(4,\); needed: broadcastable to \(2, 4, 63\) \(B, H, N\)"):
+        attention(q, q, q, sink=torch.zeros(4))
+    with pytest.raises(ValueError, match=r"sink has dtype torch\.int64; needed: floating point"):
+        attention(q, q, q, sink=torch.zeros(4, 1, dtype=torch.int64))
+    with pytest.raises(ValueError, match="program was passed with sink"):
+        attention(q, q, q, sink=torch.zeros(4, 1), program=Program(SCALED))
+
+
 def test_no_keys() -> None:
     z = torch.zeros(2, requires_grad=True)
     q, k = torch.randn(1, 2, 3, 8, requires_grad=True), torch.randn(1, 2, 0, 8)
-    out = attention(q, k, k, program=Program(SCALED, (Capture("float", 1),), sink=load(0, "float", [H_])), captures=[z])
+    out = fused(q, k, k, program=Program(SCALED, (Capture("float", 1),), sink=load(0, "float", [H_])), captures=[z])
     assert not out.any()
     assert not any(g.any() for g in torch.autograd.grad(out.sum(), (q, z)))
 
