@@ -252,7 +252,9 @@ def keep_mask(seed: int, s: Shape, p: float) -> torch.Tensor:
 
 
 def _quotient(x: torch.Tensor) -> torch.Tensor:
-    return torch.exp(x - torch.logsumexp(x, -1, keepdim=True))
+    """exp(x - logsumexp(x)) where its rows are not those of softmax, whose digits it has not under a mask as low as -1e9."""
+    top = x.detach().amax(-1, keepdim=True)
+    return torch.where(top == math.inf, torch.exp(x - top), torch.softmax(x, -1))
 
 
 def dense(
