@@ -141,4 +141,4 @@ class _Printer:
 
     @staticmethod
     def _number(value: object) -> str:
-        return f"{value:.6g}" if isinstance(value, float) else str(value)
+        return f"{value + 0.0:.6g}" if isinstance(value, float) else str(value)  # a zero without its sign

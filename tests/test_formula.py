@@ -48,3 +48,11 @@ def test_formula() -> None:
 def test_formula_with_a_sink() -> None:
     program = Program(apply("mul", SCORE, const(0.125)), (Capture("float", 1),), zero_rows=True, sink=load(0, "float", [H]))
     assert formula(program, ["sinks"], []) == "softmax([q k^T / 8, sinks[h]])"
+
+
+def test_formula_of_a_condition_that_does_not_hold() -> None:
+    after = apply("where", apply("not", CAUSAL), const(-math.inf), const(-0.0))
+    program = Program(apply("add", SCORE, after))
+    assert formula(program, [], []) == "softmax(q k^T + where(k <= q, 0, -inf))"
+    odd = apply("or", apply("not", CAUSAL), apply("eq", K, const(0)))
+    assert formula(masked(odd), [], []) == "softmax(where(k > q or k == 0, q k^T, -inf))"
