@@ -64,6 +64,8 @@ def _joined(d: Describer, record: Record, index: Any, value: Value, dim: int, pa
         if d.axes.inside(at, size):
             return element(at)
         start += size
+    if not value.dtype.is_floating_point:
+        return None
     for i, (size, element) in enumerate(parts):
         if size != 0 and has_score(element(d.bound_axis(record, size, "j", i))):
             return Node.make("join", attr=(value.id, tuple(index)), kind="float")
