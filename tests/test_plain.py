@@ -112,6 +112,8 @@ OTHERS: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
     "more than a scale": (softcap, tensors()),
     "causal, of two lengths": (causal, tensors(n=64)),
     "few keys": (full, tensors(m=63)),
+    "half a tile of keys": (full, tensors(m=192)),
+    "a single query": (full, tensors(n=1)),
     "a head dim that is no multiple of 8": (full, tensors(d=20)),
     "a mask that float16 can see through": (causal_by_finfo, tensors(dtype=torch.float16)),
     "fp32": (full, tensors(dtype=torch.float32)),

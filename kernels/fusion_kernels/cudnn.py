@@ -29,6 +29,10 @@ FEWEST_KEYS = 64
 # Lengths that are no multiple of 128 need a fix of 9.15.1. torch's own choice asks for a version above 9.15.0 as well, and its
 # wheels for CUDA 12 come with an older one (pytorch#169849, #171627; `check_prefer_cudnn_attention` in torch's sdp_utils.cpp).
 OLDEST = 91501
+# Hopper's backward reads half a tile of keys too many where the last of its tiles of 128 is half full, and no causal mask hides
+# it: dq is NaN for rows whose log-sum-exp is below -88.7 (pytorch#196678; seen under 9.19 at M = 64, 192, 320 and 704, D = 40 to
+# 192). From 9.25 on a single query has NaN in dk and dv as well (cudnn-frontend#1072).
+TILE = 128
 LARGEST_BATCH = 65535  # of batch and of heads, each: from 65536 on the call fails (pytorch#181085, #180718)
 
 aten = torch.ops.aten
@@ -77,7 +81,7 @@ def fits(b: int, h: int, n: int, m: int, d: int, dv: int, causal: bool) -> bool:
 
     A causal mask starts top left here.
     """
-    if max(b, h) > LARGEST_BATCH:
+    if max(b, h) > LARGEST_BATCH or n == 1 or (m % TILE == TILE // 2 and not causal):
         return False
     return d % 8 == 0 and 0 < d <= LARGEST_HEAD_DIM and dv == d and m >= FEWEST_KEYS and not (causal and n != m)
 

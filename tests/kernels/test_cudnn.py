@@ -55,6 +55,7 @@ def call(n: int = 128, m: int = 128, d: int = 64, dv: int = 64, dtype: torch.dty
 
 def test_supported() -> None:
     assert call() and call(dtype=torch.float16) and call(n=197, m=129) and call(program=CAUSAL) and call(d=256, dv=256)
+    assert call(program=CAUSAL, n=192, m=192) and call(n=192) and call(m=193)
 
 
 SHIFTED = torch.zeros(2 * 2 * 128 * 64 + 1, dtype=HALF)[1:].view(2, 2, 128, 64)
@@ -71,6 +72,9 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
     "odd strides": {"k": torch.zeros(2, 2, 128, 68, dtype=HALF)[..., :64]},
     "expanded": {"k": torch.zeros(1, 2, 128, 64, dtype=HALF).expand(2, 2, 128, 64)},
     "no query": {"n": 0},
+    "a single query": {"n": 1},
+    "half a tile of keys": {"m": 192},
+    "half a tile": {"n": 64, "m": 64},
     "a large batch": {"q": torch.zeros(65536, 1, 1, 8, dtype=HALF), "d": 8, "dv": 8},
     "many heads": {"q": torch.zeros(1, 65536, 1, 8, dtype=HALF), "d": 8, "dv": 8},
 }
