@@ -11,9 +11,10 @@
 
 `ours` is the plain source under torch.compile(backend=fusion_pass.make_backend(when="always")), and the run fails if the pass did
 not fuse it, or if it is more than twice as far from float64 as eager. Columns: `fwd` and `bwd` are milliseconds of ours; a
-peer's cell is its time over ours, forward/backward, or why there is none; every time is a median. `MiB` is the peak memory of
-a training step beyond its inputs, `eager's` is eager's; `err` and `flex's` are the largest error (of out and all gradients,
-against float64 on one head) over eager's own. The time of making masks is in eager, compile and ours, not in SDPA and flex.
+peer's cell is its time over ours, forward/backward, or why there is none. Every time is a median; on a GPU it is what the kernels
+take (--host: what the host takes to launch them, where that is longer). `MiB` is the peak memory of a training step beyond its
+inputs, `eager's` is eager's; `err` and `flex's` are the largest error (of out and all gradients, against float64 on one head)
+over eager's own. The time of making masks is in eager, compile and ours, not in SDPA and flex.
 """
 
 from __future__ import annotations
@@ -196,6 +197,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--warm", action=argparse.BooleanOptionalAction, help="compile ahead in parallel (default on a GPU)")
     parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="every N-th row, from the I-th (default 1/1)")
     parser.add_argument("--ours", choices=HELD_TO, default="", help="hold the fused op to one implementation")
+    parser.add_argument("--host", action="store_true", help="count the time that the host takes to launch a call")
     parser.add_argument("--out", type=Path, default=Path("out"), help="where JSON, markdown and plot go (default out/)")
     parser.add_argument("--json", type=Path, help="where the JSON goes (default benchmark.json in --out)")
     parser.add_argument("--merge", type=Path, nargs="+", metavar="JSON", help="one table of measured parts; measures nothing")
@@ -240,7 +242,9 @@ def main() -> int:
         return "error" in result
     dtype = DTYPES[given.dtype or ("bf16" if cuda else "fp32")]
     rep_ms = 50 if given.quick else 100
-    settings = Settings(torch.device(given.device), dtype, given.inner, given.limit, rep_ms, given.autotune, given.ours)
+    settings = Settings(
+        torch.device(given.device), dtype, given.inner, given.limit, rep_ms, given.autotune, given.ours, given.host
+    )
     ints = lambda text: [int(x) for x in text.split(",")]
     sizes = ints(given.sizes or ("512,1024,2048,4096,8192,16384" if cuda else "256,1024"))
     dims = ints(given.dims or ("64,128" if cuda else "64"))

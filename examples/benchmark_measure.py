@@ -25,7 +25,10 @@ import fusion_pass
 __all__ = ["COMPILED", "PEERS", "Errors", "Problem", "Result", "Settings", "exact", "measure", "quiet"]
 
 SLOW_MS = 1000.0  # a peer that takes longer is not asked for more work of the same kind
-CALLS = (5, 20)  # that a median is taken of, at least and at most, outside of triton's do_bench
+CALLS = (5, 20)  # that a median is taken of, at least and at most
+HELD_CALLS = 100  # at most, of short ones on a GPU
+HELD_CYCLES = 4_000_000  # of the device, some 2 ms: longer than any peer's launches take the host
+CACHE_BYTES = 256 << 20  # larger than the device's cache
 SLOW_CALLS = 3  # the least where one takes more than SLOW_MS
 DRAWS = 16  # of a random program, to compare its mean
 
@@ -51,7 +54,8 @@ class Settings:
     """What is the same for every row.
 
     limit: seconds a peer may take, compile and all. rep_ms: milliseconds to spend on the calls that a median is taken of.
-    ours: the implementation that the fused op is held to, "" for the one that it chooses itself.
+    ours: the implementation that the fused op is held to, "" for the one that it chooses itself. host: the time of short calls
+    on a GPU is what they take from an idle host on, launches and all, not what they take on the device.
     """
 
     device: torch.device
@@ -61,6 +65,7 @@ class Settings:
     rep_ms: int = 50
     autotune: bool = False
     ours: str = ""
+    host: bool = False
 
 
 @dataclass
@@ -259,11 +264,28 @@ def _median_ms(call: Callable[[], object], settings: Settings) -> float:
     first = _once_ms(call, cuda)
     least, most = CALLS
     if cuda and first < settings.rep_ms / least:
-        from triton.testing import do_bench
-
-        return float(do_bench(call, warmup=10, rep=settings.rep_ms, return_mode="median"))  # type: ignore[arg-type]
+        return _on_device_ms(call, round(min(max(settings.rep_ms / first, least), HELD_CALLS)), held=not settings.host)
     calls = SLOW_CALLS if first > SLOW_MS else int(min(max(settings.rep_ms / first, least), most))
     return statistics.median(_once_ms(call, cuda) for _ in range(calls))
+
+
+def _on_device_ms(call: Callable[[], object], calls: int, held: bool) -> float:
+    """Median milliseconds on the device, its cache emptied before each call.
+
+    held: the device is kept busy until the host has launched all of a call. Otherwise a call whose kernels are short takes the
+    time that the host needs for it, which differs from run to run by a factor of two.
+    """
+    cache = torch.empty(CACHE_BYTES, dtype=torch.int8, device="cuda")
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    for begin, end in marks:
+        cache.zero_()
+        if held:
+            torch.cuda._sleep(HELD_CYCLES)
+        begin.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in marks)
 
 
 def _once_ms(call: Callable[[], object], cuda: bool) -> float:

@@ -61,10 +61,15 @@ class Kept:
         tile = self.tile
         return tile.block_m * tile.block_n * tiles_of(self.sizes[3], tile.block_n) * self.dtype.itemsize
 
+    @property
+    def programs(self) -> int:
+        """How many programs there is memory for."""
+        return max(configs.SLOTS // self.slot, configs.SLOT_PROGRAMS)
+
     def steps(self, programs: int, buffer: Tensor, launch: Callable[[int], Launch]) -> list[Step]:
         """`programs` programs of dq in launches that have slots for all of theirs. launch(n): one of n programs."""
         ranks = programs // self.members
-        turns = math.ceil(ranks / max(1, configs.SLOTS // (self.members * self.slot)))
+        turns = math.ceil(ranks / (self.programs // self.members))
         each = math.ceil(ranks / turns)
         whole = launch(each * self.members), self._total(each, buffer)
         rest = ranks % each
@@ -101,4 +106,4 @@ def keep(
     same = [t.gradient for t in full.tables if t.capture == table.capture]
     wide = torch.float32 in (dtype, captures[table.capture].dtype)
     kept = Kept(table, same and same[0], torch.float32 if wide else captures[table.capture].dtype, sizes, tile, bounds)
-    return kept if same and kept.members * kept.slot <= configs.SLOTS else None
+    return kept if same and kept.members <= kept.programs else None

@@ -2,8 +2,8 @@
 
 The dq kernel has it tile by tile, and stores each tile in a slot of its program: tiles one after the other, for rows of a table
 lie far apart, and a tile written there took dq three times as long. `table_sums` adds up the slots of those that share the
-table: in fp32, in one order, the same result every time. There are slots for some of the query tiles (`configs.SLOTS` bytes),
-so dq goes in several launches, each with its sum: memory for a wave of programs, M long each, and not for all B H N M elements.
+table: in fp32, in one order, the same result every time. There are slots for some of the query tiles (`configs.SLOTS`), so
+dq goes in several launches, each with its sum: memory for a wave of programs, M long each, and not for all B H N M elements.
 
 `table_tiles` is for what has no slots, because too many share the table or the program has two: every tile belongs to one
 program, which goes over the batches and heads and computes the scores again. It is bound by the cache.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 __all__ = [
-    "EXACT_FP32", "FEW_SCORES", "MANY_SCORES", "SHORT", "SLOTS", "Tile", "Traits",
+    "EXACT_FP32", "FEW_SCORES", "MANY_SCORES", "SHORT", "SLOTS", "SLOT_PROGRAMS", "Tile", "Traits",
     "backward_dkdv", "backward_dq", "backward_table", "described", "forward", "together",
 ]  # fmt: skip
 
@@ -21,9 +21,11 @@ EXACT_FP32 = "tf32x3"
 # and 0.8 backward at 2^27 and 2^28 scores; at 2^26 a forward was bound by the host.
 FEW_SCORES = 1 << 26
 
-# Bytes of memory for the parts of a shared table's gradient (`backward_slots`): two waves of programs at N = 4096. A learned bias
-# took 5.60 ms backward with half of it, 5.48 with twice as much (B = 4, N = 4096, D = 128).
+# Memory for the parts of a learned table's gradient (`backward_slots`): so many bytes, or two waves of programs of one H200 where
+# these have longer rows. A learned bias took 5.60 ms backward with half of it, 5.48 with twice as much (B = 4, N = 4096,
+# D = 128). With bytes alone, at N = 16384, half of the device had no program.
 SLOTS = 1 << 28
+SLOT_PROGRAMS = 264
 
 # Shorter sequences are read through pointers unless there are many scores: a descriptor for the copy engine costs 5 us of host
 # time at each launch. At N = 512 and 1024 it took 0.87 to 1 of the time backward, 0.95 to 1.04 forward (2^27 and 2^28 scores,

@@ -91,10 +91,10 @@ def test_dropout(worker: ProcessPoolExecutor, p: float) -> None:
     check(worker, "infinite, quotient", (1, 2, 2, 37, 53, 16, 16), p=p)
 
 
-def stored_gradient(shared: str, slots: int, masked: bool) -> tuple[float, float, int]:
+def stored_gradient(shared: str, slots: int, programs: int, masked: bool) -> tuple[float, float, int]:
     """Runs in the worker: (error, eager's) of the gradient of a half-precision bias, through the op; how often dq was launched.
 
-    shared: the dims ("b", "h") along which the bias is one; slots: bytes for the parts of a shared one's gradient.
+    shared: the dims ("b", "h") along which the bias is one; slots, programs: `configs.SLOTS` and `SLOT_PROGRAMS`.
     """
     import torch
     from fusion_kernels import backward_kernels, calls, configs
@@ -109,9 +109,9 @@ def stored_gradient(shared: str, slots: int, masked: bool) -> tuple[float, float
     root = apply("add", SCORE, load(0, "float", [*at, index("q"), index("k")]))
     visible = apply("le", index("k"), index("q"))
     text = Program(apply("where", visible, root, const(float("-inf"))) if masked else root, (Capture("float", 4),)).text
-    launches, was = [], configs.SLOTS
+    launches, was = [], (configs.SLOTS, configs.SLOT_PROGRAMS)
     calls._backwards.clear()  # plans with slots of another size
-    configs.SLOTS = slots
+    configs.SLOTS, configs.SLOT_PROGRAMS = slots, programs
     run = backward_kernels.dq_tiles.run
     backward_kernels.dq_tiles.run = lambda *args, **kwargs: (launches.append(kwargs["grid"]), run(*args, **kwargs))[1]
     try:
@@ -119,7 +119,7 @@ def stored_gradient(shared: str, slots: int, masked: bool) -> tuple[float, float
             out, lse = ATTENTION(q, k, v, [bias], [], text, 0.0, None)
             *_, (ours,) = ATTENTION_BACKWARD(do, q, k, v, [bias], [], text, 0.0, None, out, lse, [True])
     finally:
-        configs.SLOTS = was
+        configs.SLOTS, configs.SLOT_PROGRAMS = was
         del backward_kernels.dq_tiles.run
 
     def gradient(dtype: torch.dtype) -> torch.Tensor:
@@ -137,16 +137,16 @@ def stored_gradient(shared: str, slots: int, masked: bool) -> tuple[float, float
 
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize(
-    "shared,slots,launches",
+    "shared,slots,programs,launches",
     [
-        ("", 1 << 20, 1),
-        ("b", 1 << 20, 1),
-        ("b", 1 << 19, 2),
-        ("h", 1 << 17, 8),
-        ("bh", 5 << 17, 2),
-        ("", 1, 1),
-        ("b", 1, 1),
-        ("bh", 1, 1),
+        ("", 1 << 20, 1, 1),
+        ("b", 1 << 20, 1, 1),
+        ("b", 1 << 19, 1, 2),
+        ("b", 1, 20, 2),
+        ("h", 1 << 17, 1, 8),
+        ("bh", 5 << 17, 1, 2),
+        ("b", 1, 2, 1),
+        ("bh", 1, 5, 1),
     ],
     ids=[
         "own",
@@ -160,9 +160,9 @@ def stored_gradient(shared: str, slots: int, masked: bool) -> tuple[float, float
     ],
 )
 def test_the_gradient_of_a_table_in_its_own_dtype(
-    worker: ProcessPoolExecutor, shared: str, slots: int, launches: int, masked: bool
+    worker: ProcessPoolExecutor, shared: str, slots: int, programs: int, launches: int, masked: bool
 ) -> None:
-    ours, eager, times = worker.submit(stored_gradient, shared, slots, masked).result()
+    ours, eager, times = worker.submit(stored_gradient, shared, slots, programs, masked).result()
     assert 0 < ours <= 2 * eager
     assert times == launches
 
