@@ -90,7 +90,7 @@ _NUMBERS: dict[str, Callable] = {
 
 _TENSORS: dict[str, Callable] = {
     **_OPERATORS,
-    "div": operator.truediv,
+    "div": lambda a, b: torch.div(*_tensors(a, b)),  # torch takes a number over x as the number times 1 / x
     "pow": torch.pow,
     "not": torch.logical_not,
     "maximum": lambda a, b: torch.maximum(*_tensors(a, b)),

@@ -116,11 +116,11 @@ def _fold(op: str, *args: Node) -> Node | None:
         return const({"float": float, "int": int, "bool": bool}[kind](value))
     is_const = [x.op == "const" for x in args]
     if op in ("add", "sub") and (made := _distributed(op, args)) is not None:
-        return made  # first, for 0 + (-0) is 0, and what follows takes 0 + x for x
-    if op == "add" and b is not None:
-        if is_const[1] and b.attr == 0 and not isinstance(b.attr, bool):
+        return made
+    if op == "add" and b is not None:  # 0 + x is x but for 0 + (-0), a sign; of constants that are chosen it stays
+        if is_const[1] and b.attr == 0 and not isinstance(b.attr, bool) and _chosen(a) is None:
             return a
-        if is_const[0] and a.attr == 0 and not isinstance(a.attr, bool):
+        if is_const[0] and a.attr == 0 and not isinstance(a.attr, bool) and _chosen(b) is None:
             return b
     if op == "sub" and is_const[1] and values[1] == 0:
         return a
