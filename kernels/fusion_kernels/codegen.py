@@ -196,18 +196,15 @@ def phase(program: Program, wrt: tuple[int, ...] = (), fast_bfloat16: bool = Fal
     every = (*derivative.loads, *_sink_loads(program, wrt))
     tables = tuple(_table(program, node, grad, fast_bfloat16) for node, grad in derivative.loads if _is_table(node, every))
     rest = [(node, grad) for node, grad in derivative.loads if not _is_table(node, every)]
-    captures = _captures(program, wrt, rest, every, fast_bfloat16) if rest else None
+    captures = _captures(program, wrt, rest, fast_bfloat16) if rest else None
     return Phase(score, factor, wide, _reaches(root, 500.0), dscore, dfactor, captures, tables)
 
 
 _Loads = Sequence[tuple[Node, Node]]
 
 
-def _captures(program: Program, wrt: tuple[int, ...], loads: _Loads, every: _Loads, fast_bfloat16: bool) -> Any:
-    """Adds each load's gradient to its buffer: summed over the axes of the tile that the load does not read, then one atomic.
-
-    every: all loads that add to the buffers, these among them.
-    """
+def _captures(program: Program, wrt: tuple[int, ...], loads: _Loads, fast_bfloat16: bool) -> Any:
+    """Adds each load's gradient to its buffer: summed over the axes of the tile that the load does not read, then one atomic."""
     writer, first = Writer(program, fast_bfloat16), _buffers(program, wrt)
     for node, grad in loads:
         assert isinstance(node.attr, int)
@@ -222,8 +219,6 @@ def _captures(program: Program, wrt: tuple[int, ...], loads: _Loads, every: _Loa
         mask = writer.mask(node)
         if not mask:  # one number: a (1, 1) tile of one lane
             writer.lines.append(f"tl.atomic_add({pointer} + tl.zeros((1, 1), tl.int32), {name}, sem='relaxed')")
-        elif _plain_indices(node, every) == "bhkq":
-            writer.lines.append(f"tl.store({pointer}, {name}, mask={mask})")
         else:
             writer.lines.append(f"tl.atomic_add({pointer}, {name}, mask={mask}, sem='relaxed')")
     return function("captures", _GRAD + ", daux", writer.lines)
