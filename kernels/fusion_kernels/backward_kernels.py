@@ -56,15 +56,15 @@ def _dkdv_loop(
         dropped = p
         if DROPOUT:
             word0, word1 = load_words(words, rows, tl.cast(sizes[0], tl.int64) * sizes[1] * N, N)
-            kept = keep(word0[None, :], word1[None, :], keys, limit)
-            dropped = p * tl.where(kept, 1.0, 0.0)  # NaN stays NaN, as in eager
+            share = tl.where(keep(word0[None, :], word1[None, :], k_start, tl.arange(0, BLOCK_N)[:, None], limit), scale, 0.0)
+            dropped = p * share  # NaN stays NaN, as in eager
         dropped = dropped.to(do0.dtype)
         dv0 = dot(dropped, do0, dv0, PRECISION)
         if V1 > 0:
             dv1 = dot(dropped, do1, dv1, PRECISION)
         dp = dot_pair(v0, v1, do0, do1, V1 > 0, PRECISION)  # (BLOCK_N, BLOCK_M)
         if DROPOUT:
-            dp = tl.where(kept, dp * scale, 0.0)
+            dp = dp * share
         dx = p * (dp - row_delta[None, :])
         ds = DSCORE(s, dx, b, h, rows[None, :], keys, q_ok, k_ok, sizes, aux)
         if DRATIO != 1.0:
@@ -164,11 +164,11 @@ def dkdv_tiles(
             )  # fmt: skip
 
     store_rows(dk, dk0 * DFACTOR, k_start, M, dk_strides[2], dk_strides[3], 0, D0, D, BLOCK_N)
-    store_rows(dv, dv0 * scale, k_start, M, dv_strides[2], dv_strides[3], 0, V0, DV, BLOCK_N)
+    store_rows(dv, dv0, k_start, M, dv_strides[2], dv_strides[3], 0, V0, DV, BLOCK_N)
     if D1 > 0:
         store_rows(dk, dk1 * DFACTOR, k_start, M, dk_strides[2], dk_strides[3], D0, D1, D, BLOCK_N)
     if V1 > 0:
-        store_rows(dv, dv1 * scale, k_start, M, dv_strides[2], dv_strides[3], V0, V1, DV, BLOCK_N)
+        store_rows(dv, dv1, k_start, M, dv_strides[2], dv_strides[3], V0, V1, DV, BLOCK_N)
 
 
 @triton.jit
@@ -208,8 +208,7 @@ def _dq_loop(
         p = probability(x, row_base[:, None], row_level[:, None], FACTOR * LOG2E, DEEP)
         dp = dot_pair(do0, do1, v0, v1, V1 > 0, PRECISION)
         if DROPOUT:
-            kept = keep(word0[:, None], word1[:, None], keys, limit)
-            dp = tl.where(kept, dp * scale, 0.0)
+            dp = dp * tl.where(keep(word0[:, None], word1[:, None], start, tl.arange(0, BLOCK_N)[None, :], limit), scale, 0.0)
         dx = p * (dp - row_delta[:, None])
         if TAIL:
             dx = tl.where(k_ok, dx, 0.0)

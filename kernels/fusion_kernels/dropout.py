@@ -27,7 +27,8 @@ __all__ = ["keep", "keep_scale", "load_words", "row_words", "threshold"]
 
 def threshold(p: float) -> int:
     """The 24-bit word below which an element is dropped; p in [0, 1]."""
-    return round(p * 2**24)
+    word = min(round(p * 2**32), 2**32 - 1)
+    return word - 2**32 if word >= 2**31 else word
 
 
 def keep_scale(p: float) -> float:
@@ -69,9 +70,10 @@ def load_words(words, rows, stride, size):
 
 
 @triton.jit
-def keep(word0, word1, keys, limit):
-    """Which elements are kept: the words of the rows and the keys broadcast, (ROWS, 1) and (1, KEYS) or the other way round."""
-    x = word0 + keys.to(tl.uint32) * 0x9E3779B9
-    x = (x ^ (x >> 16)) * 0x7FEB352D + word1
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x >= (limit.to(tl.uint32) << 8)  # limit = 2^24 (p = 1) wraps to 0: `keep_scale` is 0 then
+def keep(word0, word1, start, places, limit):
+    """Which elements are kept: the words of the rows, and the keys start + places, broadcast: (ROWS, 1) and (1, KEYS), or turned."""
+    pair = (start + (places & 0xF7)).to(tl.uint32)
+    wide = (word0 + pair * 0x9E3779B9).to(tl.uint64) * (word1 ^ (pair * 0x85EBCA6B)).to(tl.uint64)
+    x = (wide >> 32).to(tl.uint32) ^ wide.to(tl.uint32)
+    x = tl.where((places & 8) != 0, x, (x << 16) | (x >> 16))
+    return x >= limit.to(tl.uint32, bitcast=True)

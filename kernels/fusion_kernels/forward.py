@@ -25,7 +25,7 @@ import triton.language as tl
 from . import codegen, configs
 from .arguments import Blocks, check, describable, parts, precision, split, strides, tiles_of, traits
 from .blanks import Place
-from .device import LOG2E, dot, dot_pair, load_rows, store_rows, stream_rows, tile_ranges, visited
+from .device import LOG2E, awaited, dot, dot_pair, load_rows, store_rows, stream_rows, tile_ranges, visited
 from .dropout import keep, keep_scale, row_words, threshold
 from .key_ranges import KeyRanges
 from .keys import Plans, allows_tf32, number, signature
@@ -75,7 +75,7 @@ def _loop(
         total = total * decay + tl.sum(p, 1)
         peak = higher
         if DROPOUT:
-            p = tl.where(keep(word0[:, None], word1[:, None], keys[None, :], limit), p, 0.0)
+            p = awaited(tl.where(keep(word0[:, None], word1[:, None], start, tl.arange(0, BLOCK_N)[None, :], limit), p, 0.0))
         v0 = stream_rows(v, v_strides, b, kv_head, start, M, 0, V0, DV, BLOCK_N, TAIL, TMA)
         p = p.to(v0.dtype)
         acc0 = dot(p, v0, acc0 * decay[:, None], PRECISION)
