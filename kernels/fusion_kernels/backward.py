@@ -118,7 +118,7 @@ class _Plan:
     wrt: tuple[int, ...]
     dropout: bool
     place: Place
-    scratch: Scratch  # delta, flags, words, base, level, slots
+    scratch: Scratch  # numbers, flags, base, slots
     delta: Launch
     deep: Launch | None
     dkdv: Launch
@@ -143,18 +143,17 @@ class _Plan:
         if self.ranges is not None:
             aux = self.ranges(aux, q.device, stream)
         memory = self.scratch.new()
-        delta, flags, words, base, level, slots = self.scratch.split(memory, of)
+        numbers, flags, base, slots = self.scratch.split(memory, of)
         tma = self.dkdv_tma
         queries, gradients = (tma[0].of(q), tma[1].of(do)) if tma else (of(q), of(do))
         tma = self.dq_tma
         keys, values = (tma[0].of(k), tma[1].of(v)) if tma else (of(k), of(v))
         seed = seed if self.dropout else None
         do, q, k, v, lse = of(do), of(q), of(k), of(v), of(lse)
-        self.delta(stream, do, of(out), lse, delta, flags, None if seed is None else of(seed), words)
+        self.delta(stream, do, of(out), lse, numbers, flags, None if seed is None else of(seed))
         if self.deep is not None:
-            self.deep(stream, q, k, lse, base, level, aux)
-        base, level, words = (lse if part is None else part for part in (base, level, words))
-        rows = (base, level, delta, flags, words, aux)
+            self.deep(stream, q, k, lse, base, numbers, aux)
+        rows = (lse if base is None else base, numbers, flags, aux)
         self.dkdv(stream, queries, k, v, gradients, of(dk), of(dv), *rows)
         gradient = of(dq)
         for rank, launch, total in self.dq:
@@ -164,7 +163,7 @@ class _Plan:
         for position, launch in self.tables:
             launch(stream, q, k, v, do, *rows, of(dcaptures[position]))
         if self.sink is not None:
-            self.sink(stream, base, level, delta, aux, daux)
+            self.sink(stream, *rows[:2], aux, daux)
 
 
 def _zeros(*arguments: Any) -> None:
@@ -282,14 +281,11 @@ def plan(
         sink = Launch(sink_rows, row_grid, constants, warps=4, stages=1)
     ranges = KeyRanges(program, found.key_mask, (B, H, N, M)) if found.key_mask is not None else None
     rows = B * H * N
-    apart = rows if deep is not None else 0
     scratch = Scratch(
         q.device,
-        (torch.float32, rows),
+        (torch.float32, 4 * rows),
         (torch.int32, row_grid if flags else 0),
-        (torch.int32, 2 * rows if dropout_p > 0 else 0),
-        (torch.float32, apart),
-        (torch.float32, apart),
+        (torch.float32, rows if deep is not None else 0),
         (torch.float32, 0) if kept is None else kept.scratch(steps),
     )
     return _Plan(

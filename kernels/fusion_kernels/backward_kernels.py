@@ -7,9 +7,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .backward_rows import load_numbers
 from .backward_table import shared_tile
 from .device import LOG2E, any_flag, awaited, dot, dot_pair, load_rows, probability, store_rows, stream_rows, tile_ranges, visited
-from .dropout import keep, load_words
+from .dropout import keep
 
 __all__ = ["dkdv_tiles", "dq_tiles"]
 
@@ -17,7 +18,7 @@ __all__ = ["dkdv_tiles", "dq_tiles"]
 @triton.jit
 def _dkdv_loop(
     dk0, dk1, dv0, dv1,  # (BLOCK_N, D0), (BLOCK_N, D1), (BLOCK_N, V0), (BLOCK_N, V1)
-    k0, k1, v0, v1, q, do, base, level, delta, words, q_strides, do_strides, b, h, k_start, k_ok, sizes, aux, limit, scale,
+    k0, k1, v0, v1, q, do, base, numbers, q_strides, do_strides, b, h, k_start, k_ok, sizes, aux, limit, scale,
     first, cut, jump, count,
     SCORE: tl.constexpr, FACTOR: tl.constexpr, DEEP: tl.constexpr, DSCORE: tl.constexpr, DRATIO: tl.constexpr,
     TAIL: tl.constexpr, DROPOUT: tl.constexpr,
@@ -38,13 +39,10 @@ def _dkdv_loop(
         if TAIL:
             q_ok = (rows < N)[None, :]
             row_base = tl.load(base + rows, mask=rows < N, other=0.0)
-            row_level = tl.load(level + rows, mask=rows < N, other=0.0)
-            row_delta = tl.load(delta + rows, mask=rows < N, other=0.0)
         else:
             q_ok: tl.constexpr = True
             row_base = tl.load(base + rows)
-            row_level = tl.load(level + rows)
-            row_delta = tl.load(delta + rows)
+        row_level, row_delta, word0, word1 = load_numbers(numbers + rows[:, None] * 4, rows < N, TAIL)
         x = SCORE(s, b, h, rows[None, :], keys, q_ok, k_ok, sizes, aux)
         p = probability(x, row_base[None, :], row_level[None, :], FACTOR * LOG2E, DEEP)
         if TAIL:
@@ -55,7 +53,6 @@ def _dkdv_loop(
             do1 = stream_rows(do, do_strides, b, h, start, N, V0, V1, DV, BLOCK_M, TAIL, TMA)
         dropped = p
         if DROPOUT:
-            word0, word1 = load_words(words, rows, tl.cast(sizes[0], tl.int64) * sizes[1] * N, N)
             share = tl.where(keep(word0[None, :], word1[None, :], k_start, tl.arange(0, BLOCK_N)[:, None], limit), scale, 0.0)
             dropped = p * share  # NaN stays NaN, as in eager
         dropped = dropped.to(do0.dtype)
@@ -80,7 +77,7 @@ def _dkdv_loop(
 
 @triton.jit(do_not_specialize=["B", "H", "N", "M", "group", "limit", "scale"])
 def dkdv_tiles(
-    q, k, v, do, dk, dv, base, level, delta, flags, words, aux,
+    q, k, v, do, dk, dv, base, numbers, flags, aux,
     q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides,
     B, H, N, M, group, limit, scale,
     BOUNDS: tl.constexpr, SCORE: tl.constexpr, FACTOR: tl.constexpr, DEEP: tl.constexpr, DSCORE: tl.constexpr,
@@ -148,7 +145,7 @@ def dkdv_tiles(
             full_first = tl.where(every, 0, full_first)
             full_last = tl.where(every, 0, full_last)
         dk0, dk1, dv0, dv1 = _dkdv_loop(
-            dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_head, do_head, base + row, level + row, delta + row, words + row,
+            dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_head, do_head, base + row, numbers + row * 4,
             q_strides, do_strides, b, h, k_start, k_ok, sizes, aux, limit, scale, full_first, 0, 0, full_last - full_first,
             FULL_SCORE, FULL_FACTOR, FULL_DEEP, FULL_DSCORE, 1.0, False, DROPOUT,
             D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
@@ -156,7 +153,7 @@ def dkdv_tiles(
         if not (BOUNDS is None and EVEN_N):
             jump = full_last - full_first
             dk0, dk1, dv0, dv1 = _dkdv_loop(
-                dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_head, do_head, base + row, level + row, delta + row, words + row,
+                dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_head, do_head, base + row, numbers + row * 4,
                 q_strides, do_strides, b, h, k_start, k_ok, sizes, aux, limit, scale,
                 first, full_first - first, jump, last - first - jump,
                 SCORE, FACTOR, DEEP, DSCORE, DRATIO, not EVEN_N, DROPOUT,
@@ -236,7 +233,7 @@ def _dq_loop(
 
 @triton.jit(do_not_specialize=["B", "H", "N", "M", "group", "limit", "scale", "rank"])
 def dq_tiles(
-    q, k, v, do, dq, base, level, delta, flags, words, aux, daux, slots, rank,
+    q, k, v, do, dq, base, numbers, flags, aux, daux, slots, rank,
     q_strides, k_strides, v_strides, do_strides, dq_strides, B, H, N, M, group, limit, scale,
     BOUNDS: tl.constexpr, SCORE: tl.constexpr, FACTOR: tl.constexpr, DEEP: tl.constexpr, DSCORE: tl.constexpr,
     DRATIO: tl.constexpr, CAPTURES: tl.constexpr, FULL_SCORE: tl.constexpr, FULL_FACTOR: tl.constexpr,
@@ -279,12 +276,7 @@ def dq_tiles(
         q_ok = (rows < N)[:, None]
     row = (batch * H + h) * N + rows
     row_base = tl.load(base + row, mask=rows < N, other=0.0)
-    row_level = tl.load(level + row, mask=rows < N, other=0.0)
-    row_delta = tl.load(delta + row, mask=rows < N, other=0.0)
-    word0 = rows
-    word1 = rows
-    if DROPOUT:
-        word0, word1 = load_words(words + (batch * H + h) * N, rows, tl.cast(B, tl.int64) * H * N, N)
+    row_level, row_delta, word0, word1 = load_numbers(numbers + row[:, None] * 4, rows < N, True)
 
     q0 = load_rows(q, q_start, N, q_strides[2], q_strides[3], 0, D0, D, BLOCK_M, not EVEN_N)
     do0 = load_rows(do, q_start, N, do_strides[2], do_strides[3], 0, V0, DV, BLOCK_M, not EVEN_N)

@@ -13,17 +13,35 @@ from .dropout import row_words
 __all__ = ["deep_rows", "delta_rows", "sink_rows"]
 
 
+@triton.jit
+def load_numbers(rows, ok, TAIL: tl.constexpr):
+    """(level, delta, word0, word1) of each row, (ROWS,) each; rows: where their numbers begin, (ROWS, 1).
+
+    One load of four words: each of four loads of one would be made by every thread for itself, element by element. In the loop of
+    `dkdv_tiles` that was 64 of 480 instructions, and 128 more to address and to guard them.
+    """
+    four = rows + tl.arange(0, 4)[None, :]
+    if TAIL:
+        packed = tl.load(four, mask=ok[:, None], other=0.0)
+    else:
+        packed = tl.load(four)
+    even, odd = tl.split(tl.reshape(packed, (packed.shape[0], 2, 2)))
+    level, word0 = tl.split(even)
+    delta, word1 = tl.split(odd)
+    return level, delta, word0.to(tl.uint32, bitcast=True), word1.to(tl.uint32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["B", "H", "N", "floor"])
 def delta_rows(
-    do, out, lse, delta, flags, seed, words, do_strides, out_strides, B, H, N, floor,
+    do, out, lse, numbers, flags, seed, do_strides, out_strides, B, H, N, floor,
     FLAG: tl.constexpr, INF_ROWS: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
     DV: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """delta[b, h, q] = sum_d do out; and what the kernels after this one ask of each row.
+    """numbers[b, h, q] = (lse, sum_d do out, word0, word1): what the kernels after this one ask of each row.
 
+    word0, word1: what decides what dropout keeps.
     flags[b, h, tile] = 1 if a row's log-sum-exp is not above `floor` (its masked keys count), else 0: see `any_flag`. With
         INF_ROWS, 1 as well where it is +inf: the gradient of every score is NaN in such a row.
-    words[:, b, h, q] = the two words that decide what dropout keeps.
     """
     BLOCK: tl.constexpr = FLAG_ROWS
     q_tiles = tl.cdiv(N, BLOCK)
@@ -38,12 +56,12 @@ def delta_rows(
     o = load_rows(out, start, N, out_strides[2] * ALIGN, out_strides[3], 0, WIDTH, DV, BLOCK, True).to(tl.float32)
     rows = start + tl.arange(0, BLOCK)
     row = tl.cast(bh, tl.int64) * N + rows
-    if FLAG or INF_ROWS:
-        known = tl.load(lse + row, mask=rows < N, other=0.0)
+    known = tl.load(lse + row, mask=rows < N, other=0.0)
     total = tl.sum(g * o, 1)
     if INF_ROWS and SINK:  # a sum over the sink as well, where +inf is the sink's alone (else `out` is NaN)
         total = tl.where(known == float("inf"), float("nan"), total)
-    tl.store(delta + row, total, mask=rows < N)
+    tl.store(numbers + row * 4, known, mask=rows < N)
+    tl.store(numbers + row * 4 + 1, total, mask=rows < N)
     if FLAG:
         bad = (rows < N) & ~(known > floor)
         if INF_ROWS:
@@ -51,17 +69,20 @@ def delta_rows(
         tl.store(flags + pid, tl.max(bad.to(tl.int32), 0))
     if DROPOUT:
         word0, word1 = row_words(tl.load(seed), bh, rows)
-        tl.store(words + row, word0.to(tl.int32, bitcast=True), mask=rows < N)
-        tl.store(words + tl.cast(B, tl.int64) * H * N + row, word1.to(tl.int32, bitcast=True), mask=rows < N)
+        tl.store(numbers + row * 4 + 2, word0.to(tl.float32, bitcast=True), mask=rows < N)
+        tl.store(numbers + row * 4 + 3, word1.to(tl.float32, bitcast=True), mask=rows < N)
 
 
 @triton.jit(do_not_specialize=["B", "H", "N", "M", "group", "floor"])
 def deep_rows(
-    q, k, lse, base, level, aux, q_strides, k_strides, B, H, N, M, group, floor,
+    q, k, lse, base, numbers, aux, q_strides, k_strides, B, H, N, M, group, floor,
     SCORE: tl.constexpr, FACTOR: tl.constexpr, SINK: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows with lse above `floor`, and finite: base = 0, level = lse. The others: base = max x, level = log2 sum 2^(x - base)."""
+    """Rows with lse above `floor`, and finite: base = 0, level = lse. The others: base = max x, level = log2 sum 2^(x - base).
+
+    The level takes the place of lse in `numbers`.
+    """
     q_tiles = tl.cdiv(N, BLOCK_M)
     pid = tl.program_id(0)
     start = pid % q_tiles * BLOCK_M
@@ -104,12 +125,12 @@ def deep_rows(
     deep &= (known < float("inf")) | (peak > float("-inf"))  # lse = +inf of a row without a key is meant: it gives zeros
     deep &= peak < float("inf")  # and so is that of a row with +inf
     tl.store(base + row, tl.where(deep, peak, 0.0), mask=rows < N)
-    tl.store(level + row, tl.where(deep, tl.math.log2(total), known), mask=rows < N)
+    tl.store(numbers + row * 4, tl.where(deep, tl.math.log2(total), known), mask=rows < N)
 
 
 @triton.jit(do_not_specialize=["B", "H", "N", "M"])
 def sink_rows(
-    base, level, delta, aux, daux, B, H, N, M,
+    base, numbers, aux, daux, B, H, N, M,
     SINK: tl.constexpr, CAPTURES: tl.constexpr, FACTOR: tl.constexpr, DEEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Adds the gradient of the sink's score, dz = -p_sink delta, to the gradients of what the sink reads."""
@@ -123,8 +144,7 @@ def sink_rows(
     row = tl.cast(b * H + h, tl.int64) * N + rows
     q_ok = rows < N
     row_base = tl.load(base + row, mask=q_ok, other=0.0)
-    row_level = tl.load(level + row, mask=q_ok, other=0.0)
-    row_delta = tl.load(delta + row, mask=q_ok, other=0.0)
+    row_level, row_delta, _, _ = load_numbers(numbers + row[:, None] * 4, q_ok, True)
     z = SINK(b, h, rows, q_ok, sizes, aux) / FACTOR
     dz = -probability(z, row_base, row_level, FACTOR * LOG2E, DEEP) * row_delta
     CAPTURES(dz, b, h, rows, q_ok, sizes, aux, daux)

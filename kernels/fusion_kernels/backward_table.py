@@ -16,8 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .backward_rows import load_numbers
 from .device import LOG2E, any_flag, dot_pair, load_rows, probability, tile_ranges
-from .dropout import keep, load_words
+from .dropout import keep
 
 __all__ = ["shared_tile", "table_sums", "table_tiles"]
 
@@ -100,7 +101,7 @@ def table_sums(
 
 @triton.jit(do_not_specialize=["B", "H", "N", "M", "group", "limit", "scale", "offset"])
 def table_tiles(
-    q, k, v, do, base, level, delta, flags, words, aux, table,
+    q, k, v, do, base, numbers, flags, aux, table,
     q_strides, k_strides, v_strides, do_strides, table_strides, offset, B, H, N, M, group, limit, scale,
     BOUNDS: tl.constexpr, SCORE: tl.constexpr, FACTOR: tl.constexpr, DEEP: tl.constexpr, GRADIENT: tl.constexpr,
     ALL_B: tl.constexpr, ALL_H: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
@@ -167,15 +168,14 @@ def table_tiles(
                 v1 = load_rows(vh, k_start, M, v_strides[2] * ALIGN, v_strides[3], V0, V1, DV, BLOCK_N, True)
             row = tl.cast(b * H + h, tl.int64) * N + rows
             row_base = tl.load(base + row, mask=rows < N, other=0.0)
-            row_level = tl.load(level + row, mask=rows < N, other=0.0)
-            row_delta = tl.load(delta + row, mask=rows < N, other=0.0)
+            row_level, row_delta, word0, word1 = load_numbers(numbers + row[:, None] * 4, rows < N, True)
             s = dot_pair(q0, q1, k0, k1, D1 > 0, PRECISION)  # (BLOCK_M, BLOCK_N)
             x = SCORE(s, b, h, rows[:, None], keys[None, :], q_ok, k_ok, (B, H, N, M), aux)
             p = probability(x, row_base[:, None], row_level[:, None], FACTOR * LOG2E, DEEP)
             dp = dot_pair(g0, g1, v0, v1, V1 > 0, PRECISION)
             if DROPOUT:
-                word0, word1 = load_words(words + tl.cast(b * H + h, tl.int64) * N, rows, tl.cast(B, tl.int64) * H * N, N)
-                dp = tl.where(keep(word0[:, None], word1[:, None], keys[None, :], limit), dp * scale, 0.0)
+                kept = keep(word0[:, None], word1[:, None], k_start, tl.arange(0, BLOCK_N)[None, :], limit)
+                dp = dp * tl.where(kept, scale, 0.0)
             dx = tl.where(q_ok & k_ok, p * (dp - row_delta[:, None]), 0.0)
             total += GRADIENT(s, dx, b, h, rows[:, None], keys[None, :], q_ok, k_ok, (B, H, N, M), aux)
     place = tl.cast(offset, tl.int64) + tl.cast(own // own_heads, tl.int64) * table_strides[0]

@@ -1,18 +1,18 @@
 """The dropout mask: a pure function of (seed, batch, head, query, key), so that forward, backward and recompute agree.
 
 Each row gets two random words, from Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-SC 2011): key = the two halves of the seed, counter = (q, b * H + h, 0, 0). Along the row they become one word a key:
+SC 2011): key = the two halves of the seed, counter = (q, b * H + h, 0, 0). Along the row they become one word for each two keys,
+k and k + 8 (of each 16), by one wide product whose halves are folded:
 
-    x = word0 + k * 0x9E3779B9              a Weyl sequence that starts at random
-    x = (x ^ x >> 16) * 0x7FEB352D + word1  no two rows walk the same sequence, even where their starts overlap
-    x = (x ^ x >> 15) * 0x846CA68B
+    x = fold((word0 + k * 0x9E3779B9) * (word1 ^ k * 0x85EBCA6B))        fold(high, low) = high ^ low
 
-The multipliers and shifts are those of the mixer "lowbias32" (Wellons, "Prospecting for hash functions", 2018); its last
-shift is left out, for only upper bits are used. An element is kept iff the upper 24 bits of x are at least round(p * 2^24).
+The key k + 8 is kept iff x >= p 2^32, the key k iff x with its halves exchanged is. (Each is exact; that both depend on all of x
+shows where half of x is just the half of p 2^32: once in 2^16.) The sum beside the xor matters: with two sums three keys at equal
+distances are dependent (their third moment 60 deviations off, over 2^20 rows; with the xor 4, of 40,000 moments).
 
-Philox for every element (four keys a counter) made a forward of 1.0 ms 1.9 ms long and a backward of 3.3 ms 7.0 (H200, bf16,
-B = 4, H = 16, N = 4096, D = 128); with these words they take 1.5 and 4.4 ms. They are made where the element is, too: words that
-come in fours have to be moved there.
+The instructions decide. Philox for every element (four keys a counter) made a forward of 1.0 ms 1.9 ms long and a backward of 3.3 ms
+7.0 (H200, bf16, B = 4, H = 16, N = 4096, D = 128). Keys in twos 8 apart are in one thread, in the layout of the products, their
+rows in the forward and their columns in dk, dv; four in a row are not, and have to be moved.
 """
 
 # Device functions are Triton's dialect, not Python's.
@@ -22,11 +22,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["keep", "keep_scale", "load_words", "row_words", "threshold"]
+__all__ = ["keep", "keep_scale", "row_words", "threshold"]
 
 
 def threshold(p: float) -> int:
-    """The 24-bit word below which an element is dropped; p in [0, 1]."""
+    """The word below which an element is dropped, p 2^32, as a signed 32-bit number; p in [0, 1]."""
     word = min(round(p * 2**32), 2**32 - 1)
     return word - 2**32 if word >= 2**31 else word
 
@@ -62,17 +62,12 @@ def row_words(seed, bh, rows):
 
 
 @triton.jit
-def load_words(words, rows, stride, size):
-    """The two words of each row from (2, B * H * N) int32 memory: words points at the first row's, the second is `stride` on."""
-    word0 = tl.load(words + rows, mask=rows < size, other=0)
-    word1 = tl.load(words + stride + rows, mask=rows < size, other=0)
-    return word0.to(tl.uint32, bitcast=True), word1.to(tl.uint32, bitcast=True)
-
-
-@triton.jit
 def keep(word0, word1, start, places, limit):
-    """Which elements are kept: the words of the rows, and the keys start + places, broadcast: (ROWS, 1) and (1, KEYS), or turned."""
-    pair = (start + (places & 0xF7)).to(tl.uint32)
+    """Which elements are kept, of the keys start + places: words and places broadcast, (ROWS, 1) and (1, KEYS) or turned.
+
+    start: a multiple of 16. places: a range from 0 on; that its bits are known is what makes one word of two.
+    """
+    pair = (start + (places & -9)).to(tl.uint32)
     wide = (word0 + pair * 0x9E3779B9).to(tl.uint64) * (word1 ^ (pair * 0x85EBCA6B)).to(tl.uint64)
     x = (wide >> 32).to(tl.uint32) ^ wide.to(tl.uint32)
     x = tl.where((places & 8) != 0, x, (x << 16) | (x >> 16))

@@ -1,4 +1,4 @@
-"""The random bits of dropout, in torch integers: Philox 4x32 with 7 rounds for each row, mixed along it.
+"""The random bits of dropout, in torch integers: Philox 4x32 with 7 rounds for each row, and a word for each two keys of it.
 
 Which elements are kept depends on (seed, b, h, q, k) alone, so forward, backward and recomputation agree whatever the tiles,
 and so do this file and the Triton kernels, bit for bit.
@@ -16,12 +16,12 @@ ROUNDS = 7  # the fewest that pass BigCrush (table 2 of the paper)
 WORD = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
-MIXERS = (0x7FEB352D, 0x846CA68B)
+STEPS = (0x9E3779B9, 0x85EBCA6B)
 
 
-def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _multiply(a: int | torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """High and low 32 bits of a * b; the 64-bit product wraps into the sign, which the masks drop."""
-    product = b * (a if a < 2**63 else a - 2**64)
+    product = b * a
     return (product >> 32) & WORD, product & WORD
 
 
@@ -48,11 +48,11 @@ def keep_mask(
     queries: tuple[int, int],
     keys: tuple[int, int],
 ) -> torch.Tensor:
-    """Which probabilities dropout keeps: two words a row by Philox, mixed with each key (see `dropout`).
+    """Which probabilities dropout keeps: two words a row by Philox, one of both for each two keys (see `dropout`).
 
     Args:
         seed: 0-d int64.
-        dropout_p: the probability to drop, resolved to 1 / 2^24.
+        dropout_p: the probability to drop, resolved to 1 / 2^32.
         heads: int64, b * H + h of each row of the result, any shape S.
         queries: half-open range of query positions.
         keys: half-open range of key positions.
@@ -63,7 +63,9 @@ def keep_mask(
     rows = torch.arange(*queries, device=heads.device).view(-1, 1)  # (queries, 1)
     zero = torch.zeros_like(rows)
     word0, word1, *_ = philox((rows, heads.view(*heads.shape, 1, 1), zero, zero), (seed & WORD, (seed >> 32) & WORD))
-    x = (word0 + torch.arange(*keys, device=heads.device) * WEYL[0]) & WORD
-    x = ((x ^ (x >> 16)) * MIXERS[0] + word1) & WORD
-    x = ((x ^ (x >> 15)) * MIXERS[1]) & WORD
-    return (x >> 8) >= round(dropout_p * 2**24)
+    k = torch.arange(*keys, device=heads.device)
+    pair = k & ~8
+    high, low = _multiply((word0 + pair * STEPS[0]) & WORD, word1 ^ (pair * STEPS[1] & WORD))
+    x = high ^ low
+    x = torch.where(k & 8 != 0, x, (x << 16 | x >> 16) & WORD)
+    return x >= min(round(dropout_p * 2**32), WORD)

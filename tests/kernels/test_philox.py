@@ -81,3 +81,19 @@ def test_no_structure(p: float, seed: int) -> None:
         assert abs(corners.mean().item()) <= 6 * deviation**4 / corners.numel() ** 0.5
     for sums in (x.sum(-1), x.sum(-2)):  # rows and columns keep what a binomial keeps
         assert abs(sums.var().item() / (1024 * deviation**2) - 1) <= 6 * (2 / sums.numel()) ** 0.5
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_no_structure_in_threes_and_fours(p: float) -> None:
+    """Keys of a row at equal distances, and four that are sums of two: independent, over 2^17 rows; see above for the statistic.
+
+    Both fail, by 13 and 20 deviations, where the second factor of the word is a sum and not a xor.
+    """
+    x = keep_mask(torch.tensor(99), p, torch.arange(1), (0, 1 << 17), (0, 136))[0].float() - (1 - p)
+    deviation, n = (p * (1 - p)) ** 0.5, 1 << 17
+    for d in range(1, 60):
+        for s in (0, 5, 8):
+            assert abs((x[:, s] * x[:, s + d] * x[:, s + 2 * d]).mean().item()) <= 6 * deviation**3 / n**0.5
+        for e in (1, 2, 8, 16, 64):
+            if d != e:
+                assert abs((x[:, 0] * x[:, d] * x[:, e] * x[:, d + e]).mean().item()) <= 6 * deviation**4 / n**0.5

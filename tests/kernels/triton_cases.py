@@ -228,11 +228,11 @@ def operands(s: Shape, dtype: torch.dtype, device: str, transposed: bool = True)
 
 
 def keep_mask(seed: int, s: Shape, p: float) -> torch.Tensor:
-    """The dropout mask (B, H, N, M), written out in int64 arithmetic: Philox4x32-7 for the row, two rounds of mixing a key."""
+    """The dropout mask (B, H, N, M), written out in int64 arithmetic: Philox4x32-7 for the row, a product for two keys."""
     low = 0xFFFFFFFF
     bh, q = torch.meshgrid(torch.arange(s.batch * s.heads), torch.arange(s.n), indexing="ij")
 
-    def multiply(a: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # 32 x 32 -> (high, low) words
+    def multiply(a: int | torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # 32 x 32 -> (high, low) words
         a_low, a_high, x_low, x_high = a & 0xFFFF, a >> 16, x & 0xFFFF, x >> 16
         first, second = a_low * x_high, a_high * x_low
         middle = (a_low * x_low >> 16) + (first & 0xFFFF) + (second & 0xFFFF)
@@ -245,10 +245,12 @@ def keep_mask(seed: int, s: Shape, p: float) -> torch.Tensor:
         (high0, low0), (high1, low1) = multiply(0xD2511F53, c[0]), multiply(0xCD9E8D57, c[2])
         c = [high1 ^ c[1] ^ key[0], low1, high0 ^ c[3] ^ key[1], low0]
         key = [key[0] + 0x9E3779B9 & low, key[1] + 0xBB67AE85 & low]
-    x = c[0][..., None] + multiply(0x9E3779B9, torch.arange(s.m))[1] & low
-    x = multiply(0x7FEB352D, x ^ x >> 16)[1] + c[1][..., None] & low
-    x = multiply(0x846CA68B, x ^ x >> 15)[1]
-    return ((x >> 8) >= round(p * 2**24)).view(s.batch, s.heads, s.n, s.m)
+    k = torch.arange(s.m)
+    first = k - 8 * (k // 8 % 2)  # of the keys k and k + 8
+    high, low_part = multiply(c[0][..., None] + multiply(0x9E3779B9, first)[1] & low, c[1][..., None] ^ multiply(0x85EBCA6B, first)[1])
+    x = high ^ low_part
+    x = torch.where(first == k, x << 16 & low | x >> 16, x)
+    return (x >= round(p * 2**32)).view(s.batch, s.heads, s.n, s.m)
 
 
 def _quotient(x: torch.Tensor) -> torch.Tensor:
