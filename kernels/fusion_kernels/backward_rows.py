@@ -13,6 +13,10 @@ from .dropout import row_words
 __all__ = ["deep_rows", "delta_rows", "sink_rows"]
 
 
+# Of a log-sum-exp as large as this, in base 2, a half of the last digit is 2^-11: as much as a probability may be off.
+HIGH = tl.constexpr(8192.0)
+
+
 @triton.jit
 def load_numbers(rows, ok, TAIL: tl.constexpr):
     """(level, delta, word0, word1) of each row, (ROWS,) each; rows: where their numbers begin, (ROWS, 1).
@@ -79,7 +83,7 @@ def deep_rows(
     SCORE: tl.constexpr, FACTOR: tl.constexpr, SINK: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows with lse above `floor`, and finite: base = 0, level = lse. The others: base = max x, level = log2 sum 2^(x - base).
+    """Rows with lse between `floor` and HIGH: base = 0, level = lse. The others: base = max x, level = log2 sum 2^(x - base).
 
     The level takes the place of lse in `numbers`.
     """
@@ -93,7 +97,7 @@ def deep_rows(
     rows = start + tl.arange(0, BLOCK_M)
     row = tl.cast(b * H + h, tl.int64) * N + rows
     known = tl.load(lse + row, mask=rows < N, other=0.0)
-    deep = (rows < N) & ~((known > floor) & (known < float("inf")))
+    deep = (rows < N) & ~((known > floor) & (known < HIGH))
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     count = tl.where(tl.max(deep.to(tl.int32), 0) > 0, tl.cdiv(M, BLOCK_N), 0)

@@ -35,12 +35,18 @@ from .program import Program
 __all__ = ["attention_forward", "plan"]
 
 
+# Scores that can be large (`Phase.wide`) take two roundings an element on their way to the exponential instead of one. That is
+# tried without where a tensor is added in every tile: a learned bias is small, and few rows are hidden whole. A peak of NARROW
+# shifts all of its row by at most 2^-8, which the sum of the row takes out again.
+NARROW = tl.constexpr(65536.0)
+
+
 @triton.jit
 def _loop(
     acc0, acc1, peak, total,  # (BLOCK_M, V0), (BLOCK_M, V1), (BLOCK_M,), (BLOCK_M,)
     q0, q1, k, v, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux, word0, word1, limit,
     first, cut, jump, count,
-    SCORE: tl.constexpr, FACTOR: tl.constexpr, WIDE: tl.constexpr, INF_ROWS: tl.constexpr, TAIL: tl.constexpr,
+    SCORE: tl.constexpr, FACTOR: tl.constexpr, WIDE: tl.constexpr, TRY: tl.constexpr, INF_ROWS: tl.constexpr, TAIL: tl.constexpr,
     DROPOUT: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr,
     V1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -62,6 +68,8 @@ def _loop(
         else:
             x = SCORE(s, b, h, q[:, None], keys[None, :], q_ok, True, sizes, aux)
         higher = tl.maximum(peak, tl.max(x, 1) * FACTOR)
+        if TRY:
+            higher = tl.where(higher == float("-inf"), higher, tl.maximum(higher, -NARROW))
         finite = tl.where(higher == float("-inf"), 0.0, higher)  # a row of -inf so far adds nothing (-inf - -inf is NaN)
         if INF_ROWS:  # the sum of a row with +inf is exp2(inf), not exp2(inf - inf), so that lse is +inf
             finite = tl.where(higher == float("inf"), 0.0, finite)
@@ -82,6 +90,55 @@ def _loop(
         if V1 > 0:
             v1 = stream_rows(v, v_strides, b, kv_head, start, M, V0, V1, DV, BLOCK_N, TAIL, TMA)
             acc1 = dot(p, v1, acc1 * decay[:, None], PRECISION)
+    return acc0, acc1, peak, total
+
+
+@triton.jit
+def _tiles(
+    q0, q1, k, v, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux, word0, word1, limit,
+    first, last, full_first, full_last, floor, revisit,
+    SCORE: tl.constexpr, FACTOR: tl.constexpr, WIDE: tl.constexpr, FULL_SCORE: tl.constexpr, FULL_FACTOR: tl.constexpr,
+    FULL_WIDE: tl.constexpr, TRY: tl.constexpr, ONE: tl.constexpr, REVISIT: tl.constexpr, INF_ROWS: tl.constexpr,
+    EVEN_M: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
+    V0: tl.constexpr, V1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """(acc0, acc1, peak, total) of the key tiles that some row here needs; ONE: all tiles are whole, and one loop takes them.
+
+    TRY: not wide, for rows whose peak is inside (-NARROW, NARROW]; where it is not, it comes out at an end or outside, and what
+    else comes out is nothing. (A peak on the way there that is lower counts as -NARROW: its terms keep their right weight.)
+    """
+    N = sizes[2]
+    M = sizes[3]
+    rows = q_start + tl.arange(0, BLOCK_M)
+    acc0 = tl.zeros((BLOCK_M, V0), tl.float32)
+    acc1 = tl.zeros((BLOCK_M, V1 if V1 > 0 else 1), tl.float32)
+    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc0, acc1, peak, total = _loop(
+        acc0, acc1, peak, total, q0, q1, k, v, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux,
+        word0, word1, limit, full_first, 0, 0, full_last - full_first, FULL_SCORE, FULL_FACTOR, FULL_WIDE, TRY, INF_ROWS, False,
+        DROPOUT, D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
+    )  # fmt: skip
+    if not ONE:
+        cut = full_first - first
+        jump = full_last - full_first
+        count = last - first - jump
+        passes = 1
+        if REVISIT:
+            passes = 2
+        for step in range(passes):
+            if REVISIT:
+                if step == 1:  # the tiles outside [first, last), if some row needs them
+                    needs = tl.max(tl.where((rows < N) & ~((peak > revisit) | (floor > revisit)), 1, 0), 0)
+                    cut = first
+                    jump = last - first
+                    count = tl.where(needs > 0, tl.cdiv(M, BLOCK_N) - jump, 0)
+                    first = 0
+            acc0, acc1, peak, total = _loop(
+                acc0, acc1, peak, total, q0, q1, k, v, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux,
+                word0, word1, limit, first, cut, jump, count, SCORE, FACTOR, WIDE, TRY, INF_ROWS, not EVEN_M, DROPOUT,
+                D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
+            )  # fmt: skip
     return acc0, acc1, peak, total
 
 
@@ -126,11 +183,7 @@ def _forward(
     q1 = q0
     if D1 > 0:
         q1 = load_rows(q, q_start, N, q_strides[2], q_strides[3], D0, D1, D, BLOCK_M, not EVEN_N)
-    acc0 = tl.zeros((BLOCK_M, V0), tl.float32)
-    acc1 = tl.zeros((BLOCK_M, V1 if V1 > 0 else 1), tl.float32)
-    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    floor = peak  # a score that each row is known to have, beside those that it has met
+    floor = tl.full((BLOCK_M,), float("-inf"), tl.float32)  # a score that each row is known to have, beside those that it has met
     if SINK is not None:
         z = SINK(b, h, rows, rows < N, sizes, aux)
         if ZERO_ROWS:
@@ -145,30 +198,20 @@ def _forward(
         lo, hi, full_lo, full_hi = BOUNDS(q_start, tl.minimum(q_start + BLOCK_M, N) - 1, b, h, sizes, aux)
         first, last, full_first, full_last = tile_ranges(lo, hi, full_lo, full_hi, M, BLOCK_N)
 
-    acc0, acc1, peak, total = _loop(
-        acc0, acc1, peak, total, q0, q1, k, v, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux,
-        word0, word1, limit, full_first, 0, 0, full_last - full_first, FULL_SCORE, FULL_FACTOR, FULL_WIDE, INF_ROWS, False,
+    acc0, acc1, peak, total = _tiles(
+        q0, q1, k, v, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux, word0, word1, limit,
+        first, last, full_first, full_last, floor, revisit, SCORE, FACTOR, WIDE and not FULL_WIDE, FULL_SCORE, FULL_FACTOR, False,
+        FULL_WIDE, BOUNDS is None and EVEN_M, REVISIT, INF_ROWS, EVEN_M,
         DROPOUT, D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
     )  # fmt: skip
-    if not (BOUNDS is None and EVEN_M):
-        cut = full_first - first
-        jump = full_last - full_first
-        count = last - first - jump
-        passes = 1
-        if REVISIT:
-            passes = 2
-        for step in range(passes):
-            if REVISIT:
-                if step == 1:  # the tiles outside [first, last), if some row needs them
-                    needs = tl.max(tl.where((rows < N) & ~((peak > revisit) | (floor > revisit)), 1, 0), 0)
-                    cut = first
-                    jump = last - first
-                    count = tl.where(needs > 0, tl.cdiv(M, BLOCK_N) - jump, 0)
-                    first = 0
-            acc0, acc1, peak, total = _loop(
-                acc0, acc1, peak, total, q0, q1, k, v, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux,
-                word0, word1, limit, first, cut, jump, count, SCORE, FACTOR, WIDE, INF_ROWS, not EVEN_M, DROPOUT,
-                D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
+    if FULL_WIDE:
+        near = (peak > -NARROW) & (peak <= NARROW) | (peak == float("-inf")) | (rows >= N)
+        if tl.min(near.to(tl.int32), 0) == 0:
+            acc0, acc1, peak, total = _tiles(
+                q0, q1, k, v, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux, word0, word1, limit,
+                first, last, full_first, full_last, floor, revisit, SCORE, FACTOR, WIDE, FULL_SCORE, FULL_FACTOR, True,
+                False, BOUNDS is None and EVEN_M, REVISIT, INF_ROWS, EVEN_M,
+                DROPOUT, D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
             )  # fmt: skip
 
     share = scale / total

@@ -13,8 +13,8 @@ import pytest
 
 NAMES = [
     "plain", "causal", "causal, finfo.min", "strictly anticausal, -1e9", "strictly anticausal, -inf", "window", "blocks, -1e4",
-    "alibi", "softcap", "padding", "bias", "own bias", "lowest mask", "relative", "key factor", "row factor", "documents",
-    "offset", "math", "sink", "sink of rows", "softmax one", "softmax one, NaN", "deep sink",
+    "alibi", "softcap", "padding", "bias", "own bias", "lowest mask", "far", "relative", "key factor", "row factor",
+    "documents", "offset", "math", "sink", "sink of rows", "softmax one", "softmax one, NaN", "deep sink",
     "infinite", "infinite, quotient", "infinite, sink", "infinite, quotient, sink", "infinite sink",
 ]  # fmt: skip
 
@@ -41,7 +41,7 @@ def test_programs(worker: ProcessPoolExecutor, name: str) -> None:
     check(worker, name, (2, 2, 1, 37, 53, 16, 16))  # grouped heads, odd lengths
 
 
-def compare_tiles(name: str, tma: bool) -> list[tuple[str, float, float, float]]:
+def compare_tiles(name: str, tma: bool, shape: tuple[int, ...]) -> list[tuple[str, float, float, float]]:
     """Runs in the worker: as `compare`, with tiles of 16 x 16, and descriptors for sequences of any length."""
     from fusion_kernels import backward, configs, forward
 
@@ -51,7 +51,7 @@ def compare_tiles(name: str, tma: bool) -> list[tuple[str, float, float, float]]
         known.clear()
     try:
         options = {"tile": configs.Tile(16, 16, 4, 1, tma), "transposed": False}
-        return compare(name, (1, 4, 2, 67, 53, 16, 16), "float32", options)
+        return compare(name, shape, "float32", options)
     finally:
         configs.SHORT = before
         for known in plans:
@@ -59,12 +59,13 @@ def compare_tiles(name: str, tma: bool) -> list[tuple[str, float, float, float]]
 
 
 @pytest.mark.parametrize(
-    "name", ["causal", "window", "blocks, -1e4", "strictly anticausal, -1e9", "own bias", "sink", "infinite, quotient"]
+    "name", ["causal", "window", "blocks, -1e4", "strictly anticausal, -1e9", "own bias", "far", "sink", "infinite, quotient"]
 )
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
 def test_many_tiles(worker: ProcessPoolExecutor, name: str, tma: bool) -> None:
-    """Four or five tiles each way."""
-    for what, ours, eager, limit in worker.submit(compare_tiles, name, tma).result():
+    """Four or five tiles each way, or more where each has rows of its own kind."""
+    shape = (1, 1, 1, 131, 53, 16, 16) if name == "far" else (1, 4, 2, 67, 53, 16, 16)
+    for what, ours, eager, limit in worker.submit(compare_tiles, name, tma, shape).result():
         assert ours <= limit, f"{what}: error {ours:.2e}, eager {eager:.2e}, allowed {limit:.2e}"
 
 

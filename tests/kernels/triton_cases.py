@@ -87,6 +87,23 @@ def _lowest_mask(s: Shape) -> Case:
     return Case(Program(apply("add", _scaled(s), load(0, "float", [B, const(0), Q, K])), (Capture("float", 4),)), [mask])
 
 
+def _far(s: Shape) -> Case:
+    """Biases so large, for 16 rows each, that a score times log2(e) has no digits left for what it is: first, last, or alone."""
+    bias = torch.randn(s.n, s.m)
+    half = s.m // 2
+    for start in range(0, s.n, 16):
+        rows, kind = bias[start : start + 16], start // 16 % 8
+        if kind in (1, 2, 4, 7):
+            rows[:, :half] = {1: LOWEST, 2: -1e9, 4: -7e4, 7: -math.inf}[kind]
+        elif kind == 3:
+            rows[:] = LOWEST
+        elif kind == 5:
+            rows -= 65536.0  # on both sides of the least that the kernels take for near
+        elif kind == 6:
+            rows[:, half:] += 7e4
+    return Case(Program(apply("add", _scaled(s), load(0, "float", [Q, K])), (Capture("float", 2),)), [bias])
+
+
 def _relative(s: Shape) -> Case:
     """A table read at q - k: one element of it belongs to a whole diagonal."""
     reach = max(s.n, s.m)
@@ -189,6 +206,7 @@ CASES: dict[str, Callable[[Shape], Case]] = {
     "bias": _bias,
     "own bias": _own_bias,
     "lowest mask": _lowest_mask,
+    "far": _far,
     "relative": _relative,
     "key factor": _keys,
     "row factor": _rows,
@@ -247,7 +265,9 @@ def keep_mask(seed: int, s: Shape, p: float) -> torch.Tensor:
         key = [key[0] + 0x9E3779B9 & low, key[1] + 0xBB67AE85 & low]
     k = torch.arange(s.m)
     first = k - 8 * (k // 8 % 2)  # of the keys k and k + 8
-    high, low_part = multiply(c[0][..., None] + multiply(0x9E3779B9, first)[1] & low, c[1][..., None] ^ multiply(0x85EBCA6B, first)[1])
+    high, low_part = multiply(
+        c[0][..., None] + multiply(0x9E3779B9, first)[1] & low, c[1][..., None] ^ multiply(0x85EBCA6B, first)[1]
+    )
     x = high ^ low_part
     x = torch.where(first == k, x << 16 & low | x >> 16, x)
     return (x >= round(p * 2**32)).view(s.batch, s.heads, s.n, s.m)
