@@ -11,9 +11,9 @@ shows where half of x is just the half of p 2^32: once in 2^16.) The sum beside 
 distances are dependent (their third moment 60 deviations off, over 2^20 rows; with the xor 4, of 40,000 moments).
 
 The instructions decide. With Philox for every element (four keys a counter) a forward of 1.0 ms took 1.9 ms and a backward of 3.0
-took 7.0; with a word for each key, mixed by two multipliers, 1.50 and 4.46; with these words, 1.21 and 4.03 (H200, bf16,
-B = 4, H = 16, N = 4096, D = 128). Keys in twos 8 apart are in one thread, in the layout of the products, be they columns (in the forward)
-or rows (in dk, dv); four in a row are not, and have to be moved there.
+took 7.0; with a word for each key, mixed by two multipliers, 1.50 and 4.46; with these words, 1.21 and 4.03 (H200, bf16, B = 4,
+H = 16, N = 4096, D = 128). Keys in twos 8 apart are in one thread, in the layout of the products, be they columns (in the
+forward) or rows (in dk, dv); four in a row are not, and have to be moved there.
 """
 
 # Device functions are Triton's dialect, not Python's.
