@@ -26,7 +26,7 @@ __all__ = ["COMPILED", "PEERS", "Errors", "Problem", "Result", "Settings", "exac
 
 SLOW_MS = 1000.0  # a peer that takes longer is not asked for more work of the same kind
 CALLS = (5, 20)  # that a median is taken of, at least and at most
-HELD_CALLS = 100  # at most, of short ones on a GPU
+HELD_CALLS = 40  # at most, of short ones on a GPU
 HELD_CYCLES = 4_000_000  # of the device, some 2 ms: longer than any peer's launches take the host
 CACHE_BYTES = 256 << 20  # larger than the device's cache
 SLOW_CALLS = 3  # the least where one takes more than SLOW_MS
