@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 import fusion_pass
@@ -181,8 +181,9 @@ def run(
     targets = [x for x in outputs if x.requires_grad] if backward else []
     gradients: list[Tensor | None] = []
     if targets and sources:
-        cotangents = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in targets]
-        cotangents = [c.bfloat16().to(x) for c, x in zip(cotangents, targets, strict=True)]  # the same in every dtype, anywhere
+        with _disable_current_modes():  # `Exact` would not round
+            cotangents = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in targets]
+            cotangents = [c.bfloat16().to(x) for c, x in zip(cotangents, targets, strict=True)]  # the same in every dtype, anywhere
         with watch or contextlib.nullcontext():
             gradients = list(torch.autograd.grad(targets, sources, cotangents, allow_unused=True))
     for x, y in zip(given, before, strict=True):
