@@ -183,7 +183,7 @@ def run(
     if targets and sources:
         with _disable_current_modes():  # `Exact` would not round
             cotangents = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in targets]
-            cotangents = [c.bfloat16().to(x) for c, x in zip(cotangents, targets, strict=True)]  # the same in every dtype, anywhere
+            cotangents = [c.bfloat16().to(x) for c, x in zip(cotangents, targets, strict=True)]  # the same in every dtype
         with watch or contextlib.nullcontext():
             gradients = list(torch.autograd.grad(targets, sources, cotangents, allow_unused=True))
     for x, y in zip(given, before, strict=True):

@@ -54,7 +54,7 @@ def tensors(*more: tuple[int, ...], dv: int = 8, dtype: torch.dtype = torch.floa
 
 
 CASES: dict[str, tuple[Callable[..., Tensor], list[Tensor], str]] = {
-    "plain": (plain, tensors(), "aten-cpu"),
+    "plain": (plain, tensors(), "aten-cpu, backward tiled"),
     "no gradients": (plain, tensors(grad=False), "aten-cpu"),
     "no grad mode": (without_grad, tensors(SCORES), "aten-cpu"),
     "16 bits": (plain, tensors(dtype=torch.bfloat16), "aten-cpu, backward tiled"),
@@ -62,8 +62,8 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[Tensor], str]] = {
     "other head dim of the values": (plain, tensors(dv=5), "tiled"),
     "a learned bias": (biased, tensors(SCORES), "aten-cpu, backward tiled"),
     "a bias of the keys": (biased, tensors((2, 1, 1, 7)), "aten-cpu, backward tiled"),
-    "a bias that is given": (biased, [*tensors(), tensors(SCORES, grad=False)[-1]], "aten-cpu"),
-    "a bias that is detached": (detached, tensors(SCORES), "aten-cpu"),
+    "a bias that is given": (biased, [*tensors(), tensors(SCORES, grad=False)[-1]], "aten-cpu, backward tiled"),
+    "a bias that is detached": (detached, tensors(SCORES), "aten-cpu, backward tiled"),
     "a bias alone learns": (biased, [*tensors(grad=False), tensors(SCORES)[-1]], "aten-cpu, backward tiled"),
     "a bias of a learned table": (of_a_table, tensors((4, 3)), "aten-cpu, backward tiled"),
     "a learned bias, checkpointed": (checkpointed, tensors(SCORES), "aten-cpu, backward tiled"),

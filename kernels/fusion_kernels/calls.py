@@ -169,19 +169,16 @@ def _backward(
         fill(*arguments, dq, dk, dv, sums)
         return dq, dk, dv, gradients.done(sums)
 
-    if way not in ("cudnn", "aten"):
+    if way != "cudnn":
         return filled
 
     def settled(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        do, q, k, v, captures, params, _, out, lse = arguments
-        if way == "cudnn":
-            done = cudnn.attention_backward(do, q, k, v, program, out, lse)
-        else:
-            done = cpu.attention_backward(do, q, k, v, captures, params, program, out, lse)
+        do, q, k, v, _, _, _, out, lse = arguments
+        done = cudnn.attention_backward(do, q, k, v, program, out, lse)
         if done is None:
             return filled(*arguments)
         dq, dk, dv = [blank.settle(gradient) for blank, gradient in zip(blanks, done, strict=True)]
-        return dq, dk, dv, []  # `choose` takes neither where a capture needs a gradient
+        return dq, dk, dv, []  # `choose` does not take it where a capture needs a gradient
 
     return settled
 

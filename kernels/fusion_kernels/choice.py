@@ -2,7 +2,7 @@
 
 "cudnn"   ATen's cuDNN attention: plain and causal programs in 16 bits on Hopper and later
 "triton"  the portable kernels: everything else on a GPU
-"aten"    ATen's flash attention on CPU, where it can say the program
+"aten"    ATen's flash attention on CPU, forward, where it can say the program
 "tiled"   everything else on CPU, in torch
 "dense"   the N x M reference; only when it is forced
 """
@@ -76,19 +76,17 @@ def kernel_for(
     """
     device = torch.device(device)
     if _forced is not None:
-        return {"aten": "aten-cpu"}.get(_forced, _forced) if not _unable(backward and capture_grads) else _other(device)
+        return {"aten": "aten-cpu"}.get(_forced, _forced) if not _unable(backward, capture_grads) else _other(device)
     plain = same_head_dim and v_dtype == dtype and not dropout_p
     if device.type != "cpu" or _interpreting():
         fits = plain and dtype in cudnn.HALVES and cudnn.expresses(program) and cudnn.available(device)
         return "cudnn" if fits else "triton"
-    if backward and (capture_grads or dtype.itemsize == 2):  # see `choose`
-        return "tiled"
-    return "aten-cpu" if plain and form(program) is not None else "tiled"
+    return "aten-cpu" if plain and form(program) is not None and not backward else "tiled"
 
 
-def _unable(capture_grads: bool) -> bool:
-    """Whether the forced implementation has no gradient for a capture that needs one."""
-    return capture_grads and _forced in ("aten", "cudnn")
+def _unable(backward: bool, capture_grads: bool) -> bool:
+    """Whether the forced implementation has no backward, or none for a capture that needs a gradient."""
+    return backward and (_forced == "aten" or (_forced == "cudnn" and capture_grads))
 
 
 def _other(device: torch.device) -> str:
@@ -125,11 +123,7 @@ def choose(
 ) -> str:
     """The implementation of one call, forward (`needs` is None) or backward (which captures need a gradient)."""
     if _forced is not None:
-        return _other(q.device) if _unable(any(needs or ())) else _forced
+        return _other(q.device) if _unable(needs is not None, any(needs or ())) else _forced
     if q.device.type != "cpu" or _interpreting():
         return "cudnn" if cudnn.supports(q, k, v, program, dropout_p) and cudnn.available(q.device) else "triton"
-    if needs is not None and q.itemsize == 2:
-        # ATen takes delta = sum(do * out) from the rounded out: a row of ds no longer sums to zero, and what adds up over keys
-        # (the gradient of a key bias) is 2 to 4 times as wrong as eager's
-        return "tiled"
-    return "aten" if cpu.supports(q, k, v, captures, program, dropout_p, needs or ()) else "tiled"
+    return "aten" if needs is None and cpu.supports(q, k, v, captures, program, dropout_p) else "tiled"
