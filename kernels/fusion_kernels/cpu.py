@@ -6,9 +6,9 @@ see them go to the tiled reference instead: rows without a key, and rows whose s
 NaN).
 
 Its backward is not used. It takes the probabilities from exp(s - lse) and delta from sum(do out), whose roundings do not cancel
-where a row is almost all one key's: then gradients in fp32 are up to 50 times as far from float64 as eager's (q = k = v, N = 37,
-no scale), and in 16 bits those that add up over keys (of a key bias) 2 to 4 times. It also forgets how many keys share a row whose
-mask is a large finite number.
+where a row is almost all one key's: gradients in fp32 are then up to 50 times as far from float64 as eager's (q = k = v, N = 37,
+no scale), and in 16 bits those that add up over keys (of a key bias) 2 to 4 times. It also forgets how many keys share a row
+whose mask is a large finite number.
 """
 
 from __future__ import annotations
