@@ -143,7 +143,8 @@ class Parts:
 @lru_cache(maxsize=1024)
 def parts(program: Program, wrt: tuple[int, ...], fast_bfloat16: bool, keys: bool = False) -> Parts:
     """keys: whether to skip the keys that tensors hide from every query (padding)."""
-    masked, sink, weight = (of(program, wrt, fast_bfloat16) for of in (codegen.phase, codegen.sink, codegen.weight))
+    masked, sink = codegen.phase(program, wrt, fast_bfloat16), codegen.sink(program, wrt, fast_bfloat16)
+    weight = codegen.weight(program, wrt, fast_bfloat16)
     kv_bounds, q_bounds = codegen.bounds(program, "k", keys), codegen.bounds(program, "q", keys)
     if kv_bounds is None and q_bounds is None:
         return Parts(masked, masked, None, None, None, -math.inf, sink, weight)
