@@ -22,14 +22,26 @@ _INFIX = {"add": ("+", 4), "sub": ("-", 4), "mul": ("*", 5), "div": ("/", 5), "f
           "and": ("and", 1), "or": ("or", 0), "xor": ("!=", 3), "pow": ("**", 6)}  # fmt: skip
 _SILENT = frozenset({"to_float", "to_int", "to_bool", "round_float16", "round_bfloat16"})
 _LONGEST = 400
+_P = "\0"  # the probabilities, in a text that is only counted
 
 
 def formula(program: Program, names: Sequence[str], params: Sequence[str]) -> str:
-    """``softmax(...)`` of the score, with the user's names for tensors and sizes; ``softmax([score, sink])`` with a sink."""
+    """``softmax(...)`` of the score, with the user's names for tensors and sizes; ``softmax([score, sink])`` with a sink.
+
+    A weight is written around it: ``softmax(...) * mask[b, k]``.
+    """
     printer = _Printer(names, params)
     text = printer.text(program.root)
     text = f"softmax({text})" if program.sink is None else f"softmax([{text}, {printer.text(program.sink)}])"
+    if program.weight is not None:
+        text = _weighted(program.weight, text, names, params)
     return text if len(text) <= _LONGEST else text[: _LONGEST - 4] + " ...)"
+
+
+def _weighted(weight: Node, text: str, names: Sequence[str], params: Sequence[str]) -> str:
+    """A weight of the probabilities `text`, which have a letter of their own if they are named twice."""
+    once = _Printer(names, params, _P).text(weight).count(_P) == 1
+    return _Printer(names, params, text).text(weight) if once else f"{_Printer(names, params, 'p').text(weight)} of p = {text}"
 
 
 def mask_facts(program: Program, names: Sequence[str], params: Sequence[str]) -> MaskFacts:
@@ -99,12 +111,12 @@ def _sympy(node: Node, printer: _Printer) -> sympy.Expr:
 
 
 class _Printer:
-    def __init__(self, names: Sequence[str], params: Sequence[str]) -> None:
-        self.names, self.params = names, params
+    def __init__(self, names: Sequence[str], params: Sequence[str], score: str = "q k^T") -> None:
+        self.names, self.params, self.score = names, params, score
 
     def text(self, node: Node, outer: int = -1) -> str:
         if node.op == "score":
-            return "q k^T"
+            return self.score
         if node.op == "const":
             return self._number(node.attr)
         if node.op in ("index", "size"):

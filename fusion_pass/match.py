@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import sympy
 import torch
-from fusion_kernels.program import Node, postorder
+from fusion_kernels.program import SCORE, Node, postorder
 
 from .anchors import Anchor
 from .describe import Describer
@@ -54,6 +54,7 @@ class Match:
     zero_rows: bool = False  # torch's safe softmax: a row without a key gives zeros; with a sink, it is the sink's
     inf_rows: bool = False  # a quotient without a shift: a row with +inf is NaN at that key alone
     sink: Node | None = None  # a score without a key, over the axes of the rows (`sinks`)
+    weight: Node | None = None  # what is done to the probabilities, over the axes (`probabilities`)
     end: int = 0  # the number of the call in whose place the op stands: the product with the values, or a gate on it
     walked: set[Value] = field(default_factory=set)  # every value between the factors and the output
 
@@ -154,8 +155,10 @@ class _Matcher:
         key = self.axes.new("r", expr_of(product.args[side].shape[-1 - side]))
         lead = tuple(batch_index)
         at = (*lead, row, key) if side == 0 else (*lead, key, row)
-        node, draw = find_softmax(self.d, self.anchor, self.d.element(probabilities, at), key)
+        found = find_softmax(self.d, self.anchor, self.d.element(probabilities, at), key)
+        node, draw = found.softmax, found.draw
         self.key, _, zero_rows, inf_rows = node.attr  # pyright: ignore
+        weight = None if found.weight is SCORE else self.d.substitute(found.weight, {key: self.key})
         body, dot, q_chain, k_chain = self._score(node.args[0])
         sink = node.args[1] if len(node.args) > 1 else None
         if gate is not None:
@@ -201,6 +204,7 @@ class _Matcher:
             zero_rows,
             inf_rows,
             sink,
+            weight,
             product.seq if gate is None else gate.record.seq,
             walked,
         )

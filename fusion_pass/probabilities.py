@@ -1,11 +1,27 @@
-"""From the factor of the values up to the softmax, and from the softmax to its product of queries and keys."""
+"""From the factor of the values up to the softmax: what is done to the probabilities on their way, as one dropout and one weight.
+
+A weight is linear in the probability p, position by position (`fusion_kernels.weights`). It is read off the expression from the
+outside in, with x standing for what is left:
+
+    x w,  w x,  x / w,  -x         a factor
+    where(c, x, 0)                 a choice: masked_fill with 0, a mask that is applied again
+    where(isnan(x), 0, x)          a guard against rows without a key; nan_to_num is this, for no probability is infinite
+
+Casts go as they do everywhere (`describe`), and a dropout may stand before a weight or after it: it multiplies each probability
+by a number, and so commutes with what is linear. What w and c may read is for `scores` to say.
+"""
 
 # sympy is not typed
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOptionalSubscript=false
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
 import sympy
-from fusion_kernels.program import Node, postorder
+import torch
+from fusion_kernels.program import SCORE, Node, apply, const, postorder
 
 from .anchors import Anchor, reaches_product
 from .describe import Describer, has_score, unrounded
@@ -13,48 +29,139 @@ from .dropout import Draw, as_dropout
 from .normal import as_softmax
 from .site import Reason, Refused
 
-__all__ = ["find_softmax", "written"]
+__all__ = ["Probabilities", "find_softmax", "written"]
+
+ZERO = const(0.0)
+_MADE = frozenset({"softmax", "log_softmax", "sum", "logsumexp"})  # what a softmax is made of, in some spelling
 
 
-def find_softmax(d: Describer, anchor: Anchor, node: Node, key: sympy.Symbol) -> tuple[Node, Draw | None]:
-    """The softmax over `key` that `node`, a probability, comes from through casts and one dropout.
+@dataclass(frozen=True)
+class Probabilities:
+    """The factor of the values, read back to the softmax.
+
+    softmax: its node (`normal`). draw: the dropout, if there is one.
+    weight: the rest, over the axes, with the leaf `SCORE` for the probability; `SCORE` itself where there is none.
+    """
+
+    softmax: Node
+    draw: Draw | None = None
+    weight: Node = SCORE
+
+
+def find_softmax(d: Describer, anchor: Anchor, node: Node, key: sympy.Symbol) -> Probabilities:
+    """The softmax over `key` that `node`, an element of the factor of the values, comes from.
 
     Raises:
         Refused: PROBABILITIES_EDITED, SOFTMAX_DIM or MUTATION.
     """
-    operand, draw = anchor.product.args[anchor.side], None
+    operand = anchor.product.args[anchor.side]
     if operand.before is not None:
         raise _rewritten()
     if not has_score(node):  # there is nothing to fuse: the reason is the same whether what is there was rounded or not
         node = unrounded(node)
-    while True:
-        if node.op == "narrowed" and node.attr == operand.dtype:
-            node = node.args[0]
-            continue
-        found = as_dropout(d, node) if draw is None else None
-        if found is not None:
-            draw, node = found
-            continue
-        softmax = as_softmax(d, node, key)
-        if softmax is None:
-            raise _edited(d, node)
-        position = softmax.attr[1]
-        if position == key or (position == 0 and d.axes.sizes[key] == 1):
-            return softmax, draw
-        if reaches_product(d.shadow.readers, anchor.product.outputs[0]) is not None:
-            raise Refused(Reason.PROBABILITIES_EDITED, "a product mixes them over another dim first", "softmax, then the values")
-        needed = "softmax over the dim that is summed with the values"
-        raise Refused(Reason.SOFTMAX_DIM, f"softmax over the dim at {position}", needed)
+    reader = _Reader(d, key, operand.dtype)
+    found = reader.read(node)
+    if found is None:
+        raise _edited(d, reader.stuck)
+    position = found.softmax.attr[1]
+    if position == key or (position == 0 and d.axes.sizes[key] == 1):
+        return found
+    if reaches_product(d.shadow.readers, anchor.product.outputs[0]) is not None:
+        raise Refused(Reason.PROBABILITIES_EDITED, "a product mixes them over another dim first", "softmax, then the values")
+    needed = "softmax over the dim that is summed with the values"
+    raise Refused(Reason.SOFTMAX_DIM, f"softmax over the dim at {position}", needed)
+
+
+class _Reader:
+    """Reads one expression. stuck: after a failure, where it came to an end."""
+
+    def __init__(self, d: Describer, key: sympy.Symbol, dtype: torch.dtype) -> None:
+        self.d, self.key, self.dtype = d, key, dtype
+        self.done: dict[Node, Probabilities | None] = {}
+        self.stuck = ZERO
+
+    def read(self, node: Node) -> Probabilities | None:
+        if node not in self.done:
+            self.done[node] = self._read(node)
+        return self.done[node]
+
+    def _read(self, node: Node) -> Probabilities | None:
+        if node.op == "narrowed" and node.attr == self.dtype:
+            return self.read(node.args[0])
+        dropped = as_dropout(self.d, node)
+        if dropped is not None:
+            draw, x = dropped
+            found = self.read(x)
+            return replace(found, draw=draw) if found is not None and found.draw is None else self._stop(node)
+        softmax = as_softmax(self.d, node, self.key)
+        if softmax is not None:
+            return Probabilities(softmax)
+        tried = False
+        for i in _operands(node):
+            if not any(n.op in _MADE for n in postorder(node.args[i])):
+                continue
+            tried, found = True, self.read(node.args[i])
+            weight = None if found is None else _weight(node, i, found.weight)
+            if found is not None and weight is not None:
+                return replace(found, weight=weight)
+        return None if tried else self._stop(node)
+
+    def _stop(self, node: Node) -> None:
+        self.stuck = node
+
+
+def _operands(node: Node) -> Iterator[int]:
+    """Which arguments the probabilities may come through."""
+    if node.op in ("mul", "div", "neg"):
+        yield from range(2 if node.op == "mul" else 1)
+    if node.op == "where":
+        yield from (i for i in (1, 2) if node.args[3 - i] is ZERO or _of_itself(node, i))
+
+
+def _of_itself(node: Node, i: int) -> bool:
+    """Whether ``where(c, a, b)`` asks of its own operand `i` what numbers do not show: whether it is NaN, or infinite."""
+    asked, operand = node.args[0], _bare(node.args[i])
+    if asked.op not in ("isnan", "eq") or (asked.op == "eq" and not _is_infinite(asked.args[1])):
+        return False
+    of = _bare(asked.args[0])
+    while operand is not of and operand.op == "where" and operand.args[0].op == "eq" and _of_itself(operand, 2):
+        operand = _bare(operand.args[2])  # nan_to_num asks three times of one
+    return operand is of
+
+
+def _is_infinite(node: Node) -> bool:
+    return node.op == "const" and node.kind == "float" and abs(node.attr) == math.inf
+
+
+def _weight(node: Node, i: int, inner: Node) -> Node | None:
+    """`node` as a weight, of which operand `i` is the weight `inner`."""
+    if node.op != "where" or not _of_itself(node, i):
+        return apply(node.op, *(inner if j == i else a for j, a in enumerate(node.args)))
+    asked = node.args[0]
+    if asked.op == "isnan":
+        return apply("where", apply("isnan", inner), ZERO, inner) if i == 2 and node.args[1] is ZERO else None
+    return inner if i == 2 and _bounded(inner) else None
+
+
+def _bounded(weight: Node) -> bool:
+    """Whether a weight of a probability is no infinity."""
+    return weight is SCORE or (weight.op == "where" and all(a is ZERO or _bounded(a) for a in weight.args[1:]))
+
+
+def _bare(node: Node) -> Node:
+    while node.op == "narrowed":
+        node = node.args[0]
+    return node
 
 
 def _edited(d: Describer, node: Node) -> Refused:
     if written(d, node):
         return _rewritten()
     if any(n.op in ("softmax", "sum", "log_softmax") for n in postorder(node)):
-        needed = "at most casts and one dropout between softmax and values"
+        needed = "casts, one dropout, and what is linear in each of them between softmax and values"
         return Refused(Reason.PROBABILITIES_EDITED, f"{node.op} after the softmax", needed)
     seen = "the factor of the values is not a softmax of anything that can be read back"
-    return Refused(Reason.PROBABILITIES_EDITED, seen, "casts, views and dropout only, between softmax and values")
+    return Refused(Reason.PROBABILITIES_EDITED, seen, "casts, views, dropout, masks and factors only, between softmax and values")
 
 
 def _rewritten() -> Refused:

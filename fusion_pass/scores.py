@@ -14,6 +14,7 @@ import sympy
 import torch
 from fusion_kernels import program as p
 from fusion_kernels.program import Capture, Node, Program, apply, const, postorder
+from fusion_kernels.weights import selects
 
 from .describe import INDEXED, REDUCTIONS, has_score, symbols_of
 from .indexing import Div, Mod, expr_of
@@ -85,10 +86,12 @@ class _Writer:
                 raise Refused(Reason.NOT_EXPRESSIBLE, "dropout of the scores before the softmax", "dropout after the softmax")
         root = p.apply("to_float", self.write(self.m.body))
         sinks = [self._sink(z) for z in sinks]
-        read = {n.attr: Capture(n.kind, len(n.args)) for n in postorder(root, *sinks) if n.op == "load"}
+        weight = None if self.m.weight is None else self._weight(self.m.weight)
+        weights = [] if weight is None else [weight]
+        read = {n.attr: Capture(n.kind, len(n.args)) for n in postorder(root, *sinks, *weights) if n.op == "load"}
         # what folding left unread stays a capture, for its gradient is zero in eager, not absent
         captures = tuple(read.get(i) or _unread(c) for i, c in enumerate(self.captures))
-        program = Program(root, captures, len(self.params), self.m.zero_rows, *sinks, inf_rows=self.m.inf_rows)
+        program = Program(root, captures, len(self.params), self.m.zero_rows, *sinks, inf_rows=self.m.inf_rows, weight=weight)
         return Scores(program, self.captures, self.params)
 
     def _sink(self, sink: Node) -> Node:
@@ -105,6 +108,34 @@ class _Writer:
         if root.depends_on("score", "k"):
             raise Refused(Reason.NOT_EXPRESSIBLE, "a sink that depends on the keys", "a column that is no key, the same for all")
         return root
+
+    def _weight(self, weight: Node) -> Node | None:
+        """What is done to the probabilities, of `SCORE`; None where nothing is left of it.
+
+        Raises:
+            Refused: (PROBABILITIES_EDITED) it reads the scores or what is made from them, or is random.
+        """
+        needed = "factors and choices that are known without the scores"
+        product = self.m.dot.attr[0]  # pyright: ignore[reportOptionalSubscript, reportIndexIssue]
+        for n in postorder(weight):
+            if n.op == "dot" and n.attr[0] == product:  # pyright: ignore
+                raise Refused(
+                    Reason.PROBABILITIES_EDITED, f"{weight.op} after the softmax, by what is made from the scores", needed
+                )
+            if n.op in ("dropout", "bernoulli"):
+                seen = "a random mask that is no dropout, or a second one"
+                raise Refused(Reason.PROBABILITIES_EDITED, seen, "one dropout of the probabilities")
+        try:
+            root = self.write(weight)
+        except Refused as refusal:
+            if refusal.reason is not Reason.NOT_EXPRESSIBLE:
+                raise
+            seen = f"{weight.op} after the softmax, by what cannot be described ({refusal.seen})"
+            raise Refused(Reason.PROBABILITIES_EDITED, seen, needed) from None
+        if self.m.inf_rows and selects(root):
+            seen = "some probabilities of a quotient without a shift, which may be NaN for one key alone, are replaced by 0"
+            raise Refused(Reason.PROBABILITIES_EDITED, seen, "torch.softmax, or scores less their maximum")
+        return None if root is p.SCORE else root
 
     def _mixed_radix(self, axes: list[sympy.Symbol], whole: Node) -> dict[sympy.Symbol, Node]:
         """Each axis of a merged index: ``(whole // below) % size``."""
@@ -150,7 +181,7 @@ class _Writer:
         return new
 
     def _write(self, node: Node) -> Node:
-        if node is self.m.dot:
+        if node is self.m.dot or node is p.SCORE:
             return p.SCORE
         if node.op == "narrowed":  # a score that is kept in fp32 only gets closer to float64
             return self.write(node.args[0])
@@ -181,7 +212,8 @@ class _Writer:
         return apply(node.op, *map(self.write, node.args))
 
     def _reads_score(self, node: Node) -> bool:
-        return any(n is self.m.dot for n in postorder(node))
+        """Whether the score is read, or in a weight the probability."""
+        return any(n is self.m.dot or n is p.SCORE for n in postorder(node))
 
     def _held(self, node: Node) -> list[tuple[Value, tuple[sympy.Expr, ...]]]:
         """The tensors that hold the part where they are made, and the index."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from fusion_kernels.program import SCORE, Capture, Node, Program, apply, const, index, load
@@ -48,6 +49,18 @@ def test_formula() -> None:
 def test_formula_with_a_sink() -> None:
     program = Program(apply("mul", SCORE, const(0.125)), (Capture("float", 1),), zero_rows=True, sink=load(0, "float", [H]))
     assert formula(program, ["sinks"], []) == "softmax([q k^T / 8, sinks[h]])"
+
+
+def test_formula_with_a_weight() -> None:
+    seen = load(0, "bool", [B, K])
+    program = Program(apply("mul", SCORE, const(0.125)), (Capture("bool", 2),))
+    weights = {
+        "softmax(q k^T / 8) * keep[b, k]": apply("mul", SCORE, apply("to_float", seen)),
+        "where(keep[b, k], softmax(q k^T / 8), 0)": apply("where", seen, SCORE, const(0.0)),
+        "where(isnan(p), 0, p) of p = softmax(q k^T / 8)": apply("where", apply("isnan", SCORE), const(0.0), SCORE),
+    }
+    for text, weight in weights.items():
+        assert formula(replace(program, weight=weight), ["keep"], []) == text
 
 
 def test_formula_of_a_condition_that_does_not_hold() -> None:

@@ -84,11 +84,6 @@ def talking_heads_after(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhqk,hg->bgqk", p, mix) @ v
 
 
-@refused(Reason.PROBABILITIES_EDITED, inputs=(*qkv(n=17), t(3, 1, 1)))
-def head_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    return (scores_of(q, k).softmax(-1) * mask) @ v
-
-
 @refused(Reason.PROBABILITIES_EDITED)
 def top_k_of_probabilities(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     p = scores_of(q, k).softmax(-1)
@@ -103,20 +98,50 @@ def threshold_of_probabilities(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @refused(Reason.PROBABILITIES_EDITED)
-def mask_after_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def small_probabilities_dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = scores_of(q, k).softmax(-1)
+    return p.masked_fill(p < 0.05, 0.0) @ v
+
+
+@refused(Reason.PROBABILITIES_EDITED)
+def floor_of_masked_probabilities(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     dead = torch.ones(17, 17, dtype=torch.bool).triu(1)
-    return scores_of(q, k).softmax(-1).masked_fill(dead, 0.0) @ v
+    return scores_of(q, k).softmax(-1).masked_fill(dead, 1e-9) @ v
+
+
+@refused(Reason.PROBABILITIES_EDITED)
+def probabilities_squared(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = scores_of(q, k).softmax(-1)
+    return (p * p) @ v
+
+
+@refused(Reason.PROBABILITIES_EDITED)
+def probabilities_normalised_again(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = scores_of(q, k).softmax(-1).tril()
+    return (p / p.sum(-1, keepdim=True)) @ v
+
+
+@refused(Reason.PROBABILITIES_EDITED)
+def two_probabilities_chosen_from(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    dead = torch.ones(17, 17, dtype=torch.bool).triu(1)
+    return torch.where(dead, scores_of(q, k).softmax(-1), scores_of(k, q).softmax(-1)) @ v
+
+
+@refused(Reason.PROBABILITIES_EDITED)
+def choice_of_a_quotient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A row with +inf is NaN at that key alone, which the choice may stop or not."""
+    e = scores_of(q, k).exp()
+    return (e / e.sum(-1, keepdim=True)).tril() @ v
+
+
+@refused(Reason.PROBABILITIES_EDITED)
+def guard_with_another_number(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores_of(q, k).softmax(-1).nan_to_num(nan=1e-3) @ v
 
 
 @refused(Reason.PROBABILITIES_EDITED)
 def probabilities_plus_constant(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores_of(q, k).softmax(-1) + 1e-3) @ v
-
-
-@refused(Reason.PROBABILITIES_EDITED)
-def dropout_written_by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    p = scores_of(q, k).softmax(-1)
-    return (p * (torch.arange(17) % 3 > 0) / 0.7) @ v
 
 
 @refused(Reason.PROBABILITIES_EDITED)

@@ -128,6 +128,7 @@ class Parts:
     key_mask: Any  # what `key_ranges` has to ask before the bounds can be called, or None
     fill: float  # of what the bounds skip
     sink: codegen.Sink | None
+    weight: codegen.Weight | None
 
     @property
     def revisit(self) -> bool:
@@ -143,11 +144,13 @@ class Parts:
 def parts(program: Program, wrt: tuple[int, ...], fast_bfloat16: bool, keys: bool = False) -> Parts:
     """keys: whether to skip the keys that tensors hide from every query (padding)."""
     masked, sink = codegen.phase(program, wrt, fast_bfloat16), codegen.sink(program, wrt, fast_bfloat16)
+    weight = codegen.weight(program, wrt, fast_bfloat16)
     kv_bounds, q_bounds = codegen.bounds(program, "k", keys), codegen.bounds(program, "q", keys)
     if kv_bounds is None and q_bounds is None:
-        return Parts(masked, masked, None, None, None, -math.inf, sink)
+        return Parts(masked, masked, None, None, None, -math.inf, sink, weight)
     full = codegen.phase(tiles.full_program(program, keys), wrt, fast_bfloat16)
-    return Parts(masked, full, kv_bounds, q_bounds, codegen.key_mask(program) if keys else None, tiles.fill(program, keys), sink)
+    key_mask = codegen.key_mask(program) if keys else None
+    return Parts(masked, full, kv_bounds, q_bounds, key_mask, tiles.fill(program, keys), sink, weight)
 
 
 def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

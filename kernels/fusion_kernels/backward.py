@@ -10,7 +10,8 @@ Three kernels: D (and a flag a head, see `delta_rows`), then dk and dv with one 
 queries of every head in the group, then dq with one program a tile of queries. No atomics, so the result is the same every
 time. The gradients of captured tensors are gathered in the dq kernel, where the tile holds d(loss)/d(x): sums over the axes of
 the tile that the load does not read, then one atomic each. A table read at (q, k) has them without (see `backward_table`). What
-a sink reads has a kernel of its own, `sink_rows`: dz = -p_sink D for each row, for a sink has no value.
+a sink reads has a kernel of its own, `sink_rows`: dz = -p_sink D for each row, for a sink has no value. With a weight,
+dv = w(dropout(p))^T @ do and dp = dropout'(w'(do @ v^T)); D stays as it is, for w is linear.
 
 p = 2^(x * log2(e) - lse). Where a row can have only masked scores of a finite fill, say -1e9, its log-sum-exp in fp32 has no
 digits left for the sum over its keys: `deep_rows` finds the maximum and the sum of such rows again, and keeps them apart.
@@ -188,6 +189,7 @@ def plan(
     wrt = tuple(i for i, need in enumerate(needs) if need and program.captures[i].kind == "float")
     found = parts(program, wrt, q.dtype == torch.bfloat16, B * H * N * M >= configs.FEW_SCORES)
     masked = found.masked
+    weight, dweight = (None, None) if found.weight is None else (found.weight.value, found.weight.gradient)
     (D0, D1), (V0, V1) = split(D, q.dtype), split(DV, q.dtype)
     whole = D1 == 0 and V1 == 0
     mode = precision(q.dtype)
@@ -234,7 +236,7 @@ def plan(
     constants = (
         qs, ks, vs, gs, dk.stride(), dv.stride(), *sizes, *dropout, found.q_bounds,
         masked.score, masked.factor, masked.deep, masked.dscore, masked.dfactor / full.dfactor,
-        full.score, full.factor, full.deep, full.dscore, full.dfactor,
+        full.score, full.factor, full.deep, full.dscore, full.dfactor, weight, dweight,
         dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align, *dims, tile.block_m, tile.block_n, mode, tma, side,
     )  # fmt: skip
     dkdv = Launch(dkdv_tiles, tiles_of(M, tile.block_n) * B * kv_heads, constants, tile.warps, tile.stages)
@@ -248,7 +250,7 @@ def plan(
         qs, ks, vs, gs, dq.stride(), *sizes, *dropout, found.kv_bounds,
         masked.score, masked.factor, masked.deep, masked.dscore, masked.dfactor / full.dfactor, masked.captures,
         full.score, full.factor, full.deep, full.dscore, full.captures, full.dfactor,
-        *((None, None, False, False) if kept is None else kept.functions),
+        *((None, None, False, False) if kept is None else kept.functions), dweight, found.weight and found.weight.captures,
         dropout_p > 0, N % tile.block_m == 0, M % tile.block_n == 0, align, *dims, tile.block_m, tile.block_n, mode, tma, side,
     )  # fmt: skip
     dq_launch = partial(Launch, dq_tiles, constants=constants, warps=tile.warps, stages=tile.stages)
@@ -272,7 +274,7 @@ def plan(
         grid = tiles_of(N, tile.block_m) * tiles_of(M, tile.block_n) * (1 if table.all_b else B) * (1 if table.all_h else H)
         constants = (
             qs, ks, vs, gs, place, offset, *sizes, *dropout, found.kv_bounds, masked.score, masked.factor, masked.deep,
-            table.gradient, table.all_b, table.all_h, dropout_p > 0, align, *dims, tile.block_m, tile.block_n, mode,
+            table.gradient, table.all_b, table.all_h, dweight, dropout_p > 0, align, *dims, tile.block_m, tile.block_n, mode,
         )  # fmt: skip
         tables.append((table.capture, Launch(table_tiles, grid, constants, tile.warps, tile.stages)))
     sink = None

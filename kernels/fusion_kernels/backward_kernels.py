@@ -21,7 +21,7 @@ def _dkdv_loop(
     k0, k1, v0, v1, q, do, base, numbers, q_strides, do_strides, b, h, k_start, k_ok, sizes, aux, limit, scale,
     first, cut, jump, count,
     SCORE: tl.constexpr, FACTOR: tl.constexpr, DEEP: tl.constexpr, DSCORE: tl.constexpr, DRATIO: tl.constexpr,
-    TAIL: tl.constexpr, DROPOUT: tl.constexpr,
+    WEIGHT: tl.constexpr, DWEIGHT: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -55,11 +55,17 @@ def _dkdv_loop(
         if DROPOUT:
             share = tl.where(keep(word0[None, :], word1[None, :], k_start, tl.arange(0, BLOCK_N)[:, None], limit), scale, 0.0)
             dropped = p * share  # NaN stays NaN, as in eager
+        if WEIGHT is not None:
+            dropped = WEIGHT(dropped, b, h, rows[None, :], keys, q_ok, k_ok, sizes, aux)
+            if TAIL:  # past the end a quotient may be NaN
+                dropped = tl.where(q_ok, dropped, 0.0)
         dropped = dropped.to(do0.dtype)
         dv0 = dot(dropped, do0, dv0, PRECISION)
         if V1 > 0:
             dv1 = dot(dropped, do1, dv1, PRECISION)
         dp = dot_pair(v0, v1, do0, do1, V1 > 0, PRECISION)  # (BLOCK_N, BLOCK_M)
+        if DWEIGHT is not None:
+            dp = DWEIGHT(p, dp, b, h, rows[None, :], keys, q_ok, k_ok, sizes, aux)
         if DROPOUT:
             dp = dp * share
         dx = p * (dp - row_delta[None, :])
@@ -82,7 +88,7 @@ def dkdv_tiles(
     B, H, N, M, group, limit, scale,
     BOUNDS: tl.constexpr, SCORE: tl.constexpr, FACTOR: tl.constexpr, DEEP: tl.constexpr, DSCORE: tl.constexpr,
     DRATIO: tl.constexpr, FULL_SCORE: tl.constexpr, FULL_FACTOR: tl.constexpr, FULL_DEEP: tl.constexpr,
-    FULL_DSCORE: tl.constexpr, DFACTOR: tl.constexpr,
+    FULL_DSCORE: tl.constexpr, DFACTOR: tl.constexpr, WEIGHT: tl.constexpr, DWEIGHT: tl.constexpr,
     DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, TOGETHER: tl.constexpr,
@@ -147,7 +153,7 @@ def dkdv_tiles(
         dk0, dk1, dv0, dv1 = _dkdv_loop(
             dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_head, do_head, base + row, numbers + row * 4,
             q_strides, do_strides, b, h, k_start, k_ok, sizes, aux, limit, scale, full_first, 0, 0, full_last - full_first,
-            FULL_SCORE, FULL_FACTOR, FULL_DEEP, FULL_DSCORE, 1.0, False, DROPOUT,
+            FULL_SCORE, FULL_FACTOR, FULL_DEEP, FULL_DSCORE, 1.0, WEIGHT, DWEIGHT, False, DROPOUT,
             D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
         )  # fmt: skip
         if not (BOUNDS is None and EVEN_N):
@@ -156,7 +162,7 @@ def dkdv_tiles(
                 dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_head, do_head, base + row, numbers + row * 4,
                 q_strides, do_strides, b, h, k_start, k_ok, sizes, aux, limit, scale,
                 first, full_first - first, jump, last - first - jump,
-                SCORE, FACTOR, DEEP, DSCORE, DRATIO, not EVEN_N, DROPOUT,
+                SCORE, FACTOR, DEEP, DSCORE, DRATIO, WEIGHT, DWEIGHT, not EVEN_N, DROPOUT,
                 D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
             )  # fmt: skip
 
@@ -174,7 +180,8 @@ def _dq_loop(
     q0, q1, do0, do1, k, v, row_base, row_level, row_delta, word0, word1, k_strides, v_strides, b, h, kv_head, q_start, q_ok,
     sizes, aux, daux, slot, limit, scale, first, cut, jump, count,
     SCORE: tl.constexpr, FACTOR: tl.constexpr, DEEP: tl.constexpr, DSCORE: tl.constexpr, DRATIO: tl.constexpr,
-    CAPTURES: tl.constexpr, GRADIENT: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr,
+    CAPTURES: tl.constexpr, GRADIENT: tl.constexpr, DWEIGHT: tl.constexpr, WEIGHT_CAPTURES: tl.constexpr,
+    TAIL: tl.constexpr, DROPOUT: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -204,8 +211,16 @@ def _dq_loop(
         x = SCORE(s, b, h, rows, keys, q_ok, k_ok, sizes, aux)
         p = probability(x, row_base[:, None], row_level[:, None], FACTOR * LOG2E, DEEP)
         dp = dot_pair(do0, do1, v0, v1, V1 > 0, PRECISION)
+        dropped = p
         if DROPOUT:
-            dp = dp * tl.where(keep(word0[:, None], word1[:, None], start, tl.arange(0, BLOCK_N)[None, :], limit), scale, 0.0)
+            share = tl.where(keep(word0[:, None], word1[:, None], start, tl.arange(0, BLOCK_N)[None, :], limit), scale, 0.0)
+            dropped = p * share
+        if WEIGHT_CAPTURES is not None:
+            WEIGHT_CAPTURES(dropped, dp, b, h, rows, keys, rows < N, keys < M, sizes, aux, daux)
+        if DWEIGHT is not None:
+            dp = DWEIGHT(p, dp, b, h, rows, keys, q_ok, k_ok, sizes, aux)
+        if DROPOUT:
+            dp = dp * share
         dx = p * (dp - row_delta[:, None])
         if TAIL:
             dx = tl.where(k_ok, dx, 0.0)
@@ -239,6 +254,7 @@ def dq_tiles(
     DRATIO: tl.constexpr, CAPTURES: tl.constexpr, FULL_SCORE: tl.constexpr, FULL_FACTOR: tl.constexpr,
     FULL_DEEP: tl.constexpr, FULL_DSCORE: tl.constexpr, FULL_CAPTURES: tl.constexpr, DFACTOR: tl.constexpr,
     GRADIENT: tl.constexpr, FULL_GRADIENT: tl.constexpr, ALL_B: tl.constexpr, ALL_H: tl.constexpr,
+    DWEIGHT: tl.constexpr, WEIGHT_CAPTURES: tl.constexpr,
     DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, TOGETHER: tl.constexpr,
@@ -306,7 +322,8 @@ def dq_tiles(
         dq0, dq1, q0, q1, do0, do1, k, v, row_base, row_level, row_delta, word0, word1, k_strides, v_strides,
         b, h, kv_head, q_start, q_ok, sizes, aux, daux, slot, limit, scale,
         full_first, 0, 0, full_last - full_first,
-        FULL_SCORE, FULL_FACTOR, FULL_DEEP, FULL_DSCORE, 1.0, FULL_CAPTURES, FULL_GRADIENT, False, DROPOUT,
+        FULL_SCORE, FULL_FACTOR, FULL_DEEP, FULL_DSCORE, 1.0, FULL_CAPTURES, FULL_GRADIENT, DWEIGHT,
+        WEIGHT_CAPTURES, False, DROPOUT,
         D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
     )  # fmt: skip
     if not (BOUNDS is None and EVEN_M):
@@ -315,7 +332,7 @@ def dq_tiles(
             dq0, dq1, q0, q1, do0, do1, k, v, row_base, row_level, row_delta, word0, word1, k_strides, v_strides,
             b, h, kv_head, q_start, q_ok, sizes, aux, daux, slot, limit, scale,
             first, full_first - first, jump, last - first - jump,
-            SCORE, FACTOR, DEEP, DSCORE, DRATIO, CAPTURES, GRADIENT, not EVEN_M, DROPOUT,
+            SCORE, FACTOR, DEEP, DSCORE, DRATIO, CAPTURES, GRADIENT, DWEIGHT, WEIGHT_CAPTURES, not EVEN_M, DROPOUT,
             D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
         )  # fmt: skip
     store_rows(dq, dq0 * DFACTOR, q_start, N, dq_strides[2], dq_strides[3], 0, D0, D, BLOCK_M)

@@ -104,7 +104,7 @@ def table_tiles(
     q, k, v, do, base, numbers, flags, aux, table,
     q_strides, k_strides, v_strides, do_strides, table_strides, offset, B, H, N, M, group, limit, scale,
     BOUNDS: tl.constexpr, SCORE: tl.constexpr, FACTOR: tl.constexpr, DEEP: tl.constexpr, GRADIENT: tl.constexpr,
-    ALL_B: tl.constexpr, ALL_H: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
+    ALL_B: tl.constexpr, ALL_H: tl.constexpr, DWEIGHT: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -173,6 +173,8 @@ def table_tiles(
             x = SCORE(s, b, h, rows[:, None], keys[None, :], q_ok, k_ok, (B, H, N, M), aux)
             p = probability(x, row_base[:, None], row_level[:, None], FACTOR * LOG2E, DEEP)
             dp = dot_pair(g0, g1, v0, v1, V1 > 0, PRECISION)
+            if DWEIGHT is not None:
+                dp = DWEIGHT(p, dp, b, h, rows[:, None], keys[None, :], q_ok, k_ok, (B, H, N, M), aux)
             if DROPOUT:
                 kept = keep(word0[:, None], word1[:, None], k_start, tl.arange(0, BLOCK_N)[None, :], limit)
                 dp = dp * tl.where(kept, scale, 0.0)

@@ -10,6 +10,8 @@ Gluon, and in Triton's interpreter:
     key_mask(b, h, k, k_ok, sizes, aux)                      -> `tiles.key_mask`, a bool the shape of k
     sink(b, h, q, q_ok, sizes, aux)                          -> the program's sink, the shape of q
     sink_captures(grad, b, h, q, ..., aux, daux)             -> adds d(loss)/d(what the sink reads), given d(loss)/d(sink)
+    weight(s, b, h, q, k, ...), dweight(s, grad, ...), weight_captures(s, grad, ..., aux, daux)
+                                                             -> as score, dscore and captures, of probabilities s (`weights`)
 
 q and k are int32 indices that broadcast against s ((BLOCK_M, 1) and (1, BLOCK_N), or transposed), q_ok and k_ok say which
 of them are inside the tensors (or are the constexpr True), sizes is (B, H, N, M), and aux holds the integer parameters and
@@ -32,7 +34,9 @@ from .derivative import vjp
 from .program import Node, Program, apply, const, rebuild
 from .source import Writer, axes, function, index_axes
 
-__all__ = ["Phase", "Sink", "Table", "aux_arguments", "bounds", "gradient_arguments", "key_mask", "phase", "sink"]
+__all__ = [
+    "Phase", "Sink", "Table", "Weight", "aux_arguments", "bounds", "gradient_arguments", "key_mask", "phase", "sink", "weight",
+]  # fmt: skip
 
 # ---------------------------------------------------------------- float expressions, as kernels want them
 
@@ -193,7 +197,7 @@ def phase(program: Program, wrt: tuple[int, ...] = (), fast_bfloat16: bool = Fal
     result = _like_s(writer, dinner)
     dscore = function("dscore", _GRAD, [*writer.lines, result])
 
-    every = (*derivative.loads, *_sink_loads(program, wrt))
+    every = (*derivative.loads, *_loads(program.sink_program, wrt), *_loads(program.weight_program, wrt))
     tables = tuple(_table(program, node, grad, fast_bfloat16) for node, grad in derivative.loads if _is_table(node, every))
     rest = [(node, grad) for node, grad in derivative.loads if not _is_table(node, every)]
     captures = _captures(program, wrt, rest, fast_bfloat16) if rest else None
@@ -203,25 +207,25 @@ def phase(program: Program, wrt: tuple[int, ...] = (), fast_bfloat16: bool = Fal
 _Loads = Sequence[tuple[Node, Node]]
 
 
-def _captures(program: Program, wrt: tuple[int, ...], loads: _Loads, fast_bfloat16: bool) -> Any:
+def _captures(program: Program, wrt: tuple[int, ...], loads: _Loads, fast_bfloat16: bool, name: str = "captures") -> Any:
     """Adds each load's gradient to its buffer: summed over the axes of the tile that the load does not read, then one atomic."""
     writer, first = Writer(program, fast_bfloat16), _buffers(program, wrt)
     for node, grad in loads:
         assert isinstance(node.attr, int)
         _, value = writer.write(node, grad)
         along_q, along_k = index_axes(node)
-        name = writer.assign(f"tl.where(q_ok & k_ok, tl.broadcast_to(tl.cast({value}, tl.float32), s.shape), 0.0)")
+        total = writer.assign(f"tl.where(q_ok & k_ok, tl.broadcast_to(tl.cast({value}, tl.float32), s.shape), 0.0)")
         if not along_q:
-            name = writer.assign(f"tl.sum({name}, axis=0, keep_dims=True)")
+            total = writer.assign(f"tl.sum({total}, axis=0, keep_dims=True)")
         if not along_k:
-            name = writer.assign(f"tl.sum({name}, axis=1, keep_dims=True)")
+            total = writer.assign(f"tl.sum({total}, axis=1, keep_dims=True)")
         pointer = writer.pointer(node, "daux", first[node.attr])
         mask = writer.mask(node)
         if not mask:  # one number: a (1, 1) tile of one lane
-            writer.lines.append(f"tl.atomic_add({pointer} + tl.zeros((1, 1), tl.int32), {name}, sem='relaxed')")
+            writer.lines.append(f"tl.atomic_add({pointer} + tl.zeros((1, 1), tl.int32), {total}, sem='relaxed')")
         else:
-            writer.lines.append(f"tl.atomic_add({pointer}, {name}, mask={mask}, sem='relaxed')")
-    return function("captures", _GRAD + ", daux", writer.lines)
+            writer.lines.append(f"tl.atomic_add({pointer}, {total}, mask={mask}, sem='relaxed')")
+    return function(name, _GRAD + ", daux", writer.lines)
 
 
 def _buffers(program: Program, wrt: tuple[int, ...]) -> dict[int, int]:
@@ -229,8 +233,8 @@ def _buffers(program: Program, wrt: tuple[int, ...]) -> dict[int, int]:
     return {c: sum(1 + program.captures[o].rank for o in wrt[:i]) for i, c in enumerate(wrt)}
 
 
-def _sink_loads(program: Program, wrt: tuple[int, ...]) -> _Loads:
-    return () if program.sink_program is None else vjp(program.sink_program, wrt).loads
+def _loads(program: Program | None, wrt: tuple[int, ...]) -> _Loads:
+    return () if program is None else vjp(program, wrt).loads
 
 
 @dataclass(frozen=True)
@@ -254,7 +258,7 @@ def sink(program: Program, wrt: tuple[int, ...] = (), fast_bfloat16: bool = Fals
     (name,) = writer.write(program.sink)
     result = f"return tl.broadcast_to(tl.cast({name}, tl.float32), q.shape)"
     value = function("sink", "b, h, q, q_ok, sizes, aux", [*writer.lines, result])
-    loads = _sink_loads(program, wrt)
+    loads = _loads(program.sink_program, wrt)
     return Sink(value, _sink_captures(program, wrt, loads, fast_bfloat16) if loads else None)
 
 
@@ -271,6 +275,35 @@ def _sink_captures(program: Program, wrt: tuple[int, ...], loads: _Loads, fast_b
         else:
             writer.lines.append(f"tl.atomic_add({pointer}, tl.sum({name}, axis=0), sem='relaxed')")
     return function("sink_captures", "grad, b, h, q, q_ok, sizes, aux, daux", writer.lines)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A program's weight as device functions of a tile of probabilities.
+
+    value: what the values are multiplied with. gradient: the cotangent of the probabilities, given that of ``value``.
+    captures: adds the gradients of what it reads; None where none is needed.
+    """
+
+    value: Any
+    gradient: Any
+    captures: Any
+
+
+@lru_cache(maxsize=1024)
+def weight(program: Program, wrt: tuple[int, ...] = (), fast_bfloat16: bool = False) -> Weight | None:
+    """The device functions of the weight of `program`, or None; wrt: as for `phase`."""
+    own = program.weight_program
+    if own is None:
+        return None
+    writer, derivative = Writer(program, fast_bfloat16), vjp(own, wrt)
+    result = _like_s(writer, own.root)
+    value = function("weight", _SCORE, [*writer.lines, result])
+    writer = Writer(program, fast_bfloat16)
+    result = _like_s(writer, derivative.dscore)
+    gradient = function("dweight", _GRAD, [*writer.lines, result])
+    loads = derivative.loads
+    return Weight(value, gradient, _captures(program, wrt, loads, fast_bfloat16, "weight_captures") if loads else None)
 
 
 def _table(program: Program, node: Node, grad: Node, fast_bfloat16: bool) -> Table:

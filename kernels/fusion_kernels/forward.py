@@ -46,9 +46,10 @@ def _loop(
     acc0, acc1, peak, total,  # (BLOCK_M, V0), (BLOCK_M, V1), (BLOCK_M,), (BLOCK_M,)
     q0, q1, k, v, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux, word0, word1, limit,
     first, cut, jump, count,
-    SCORE: tl.constexpr, FACTOR: tl.constexpr, WIDE: tl.constexpr, TRY: tl.constexpr, INF_ROWS: tl.constexpr, TAIL: tl.constexpr,
-    DROPOUT: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr,
-    V1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    SCORE: tl.constexpr, FACTOR: tl.constexpr, WIDE: tl.constexpr, TRY: tl.constexpr, INF_ROWS: tl.constexpr,
+    WEIGHT: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over `count` key tiles: first, first + 1, ... with `jump` of them left out after `cut`."""
     M = sizes[3]
@@ -84,6 +85,11 @@ def _loop(
         peak = higher
         if DROPOUT:
             p = awaited(tl.where(keep(word0[:, None], word1[:, None], start, tl.arange(0, BLOCK_N)[None, :], limit), p, 0.0))
+        if WEIGHT is not None:
+            if TAIL:  # past the end a quotient may be NaN
+                p = tl.where(k_ok, WEIGHT(p, b, h, q[:, None], keys[None, :], q_ok, k_ok, sizes, aux), 0.0)
+            else:
+                p = WEIGHT(p, b, h, q[:, None], keys[None, :], q_ok, True, sizes, aux)
         v0 = stream_rows(v, v_strides, b, kv_head, start, M, 0, V0, DV, BLOCK_N, TAIL, TMA)
         p = p.to(v0.dtype)
         acc0 = dot(p, v0, acc0 * decay[:, None], PRECISION)
@@ -99,8 +105,9 @@ def _tiles(
     first, last, full_first, full_last, floor, revisit,
     SCORE: tl.constexpr, FACTOR: tl.constexpr, WIDE: tl.constexpr, FULL_SCORE: tl.constexpr, FULL_FACTOR: tl.constexpr,
     FULL_WIDE: tl.constexpr, TRY: tl.constexpr, ONE: tl.constexpr, REVISIT: tl.constexpr, INF_ROWS: tl.constexpr,
-    EVEN_M: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
-    V0: tl.constexpr, V1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    WEIGHT: tl.constexpr, EVEN_M: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """(acc0, acc1, peak, total) of the key tiles that some row here needs; ONE: all tiles are whole, and one loop takes them.
 
@@ -116,8 +123,8 @@ def _tiles(
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc0, acc1, peak, total = _loop(
         acc0, acc1, peak, total, q0, q1, k, v, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux,
-        word0, word1, limit, full_first, 0, 0, full_last - full_first, FULL_SCORE, FULL_FACTOR, FULL_WIDE, TRY, INF_ROWS, False,
-        DROPOUT, D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
+        word0, word1, limit, full_first, 0, 0, full_last - full_first, FULL_SCORE, FULL_FACTOR, FULL_WIDE, TRY, INF_ROWS, WEIGHT,
+        False, DROPOUT, D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
     )  # fmt: skip
     if not ONE:
         cut = full_first - first
@@ -136,10 +143,24 @@ def _tiles(
                     first = 0
             acc0, acc1, peak, total = _loop(
                 acc0, acc1, peak, total, q0, q1, k, v, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux,
-                word0, word1, limit, first, cut, jump, count, SCORE, FACTOR, WIDE, TRY, INF_ROWS, not EVEN_M, DROPOUT,
-                D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
+                word0, word1, limit, first, cut, jump, count, SCORE, FACTOR, WIDE, TRY, INF_ROWS, WEIGHT,
+                not EVEN_M, DROPOUT, D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
             )  # fmt: skip
     return acc0, acc1, peak, total
+
+
+@triton.jit
+def _nans(b, h, rows, sizes, aux, count, WEIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """1 for each row of which the weight lets some NaN through, (BLOCK_M,), had it NaNs alone; looks at `count` key tiles."""
+    found = tl.zeros((BLOCK_M,), tl.int32)
+    q_ok = (rows < sizes[2])[:, None]
+    for i in tl.range(0, count):
+        keys = (i * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+        k_ok = keys < sizes[3]
+        nothing = tl.full((BLOCK_M, BLOCK_N), float("nan"), tl.float32)
+        p = WEIGHT(nothing, b, h, rows[:, None], keys, q_ok, k_ok, sizes, aux)
+        found = tl.maximum(found, tl.max(tl.where(k_ok & (p != p), 1, 0), 1))
+    return found
 
 
 @triton.jit(do_not_specialize=["B", "H", "N", "M", "group", "limit", "scale", "revisit"])
@@ -147,7 +168,8 @@ def _forward(
     q, k, v, out, lse, seed, aux, q_strides, k_strides, v_strides, out_strides, B, H, N, M, group, limit, scale, revisit,
     BOUNDS: tl.constexpr, SCORE: tl.constexpr, FACTOR: tl.constexpr, WIDE: tl.constexpr,
     FULL_SCORE: tl.constexpr, FULL_FACTOR: tl.constexpr, FULL_WIDE: tl.constexpr,
-    REVISIT: tl.constexpr, SINK: tl.constexpr, ZERO_ROWS: tl.constexpr, INF_ROWS: tl.constexpr, DROPOUT: tl.constexpr,
+    REVISIT: tl.constexpr, SINK: tl.constexpr, ZERO_ROWS: tl.constexpr, INF_ROWS: tl.constexpr, WEIGHT: tl.constexpr,
+    SELECTS: tl.constexpr, DROPOUT: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_M: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, TOGETHER: tl.constexpr,
@@ -201,7 +223,7 @@ def _forward(
     acc0, acc1, peak, total = _tiles(
         q0, q1, k, v, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux, word0, word1, limit,
         first, last, full_first, full_last, floor, revisit, SCORE, FACTOR, WIDE and not FULL_WIDE, FULL_SCORE, FULL_FACTOR, False,
-        FULL_WIDE, BOUNDS is None and EVEN_M, REVISIT, INF_ROWS, EVEN_M,
+        FULL_WIDE, BOUNDS is None and EVEN_M, REVISIT, INF_ROWS, WEIGHT, EVEN_M,
         DROPOUT, D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
     )  # fmt: skip
     if FULL_WIDE:
@@ -210,7 +232,7 @@ def _forward(
             acc0, acc1, peak, total = _tiles(
                 q0, q1, k, v, k_strides, v_strides, b, h, kv_head, q_start, q_ok, sizes, aux, word0, word1, limit,
                 first, last, full_first, full_last, floor, revisit, SCORE, FACTOR, WIDE, FULL_SCORE, FULL_FACTOR, True,
-                False, BOUNDS is None and EVEN_M, REVISIT, INF_ROWS, EVEN_M,
+                False, BOUNDS is None and EVEN_M, REVISIT, INF_ROWS, WEIGHT, EVEN_M,
                 DROPOUT, D, D0, D1, DV, V0, V1, BLOCK_M, BLOCK_N, PRECISION, TMA,
             )  # fmt: skip
 
@@ -232,6 +254,14 @@ def _forward(
         value = tl.where(total == 0.0, float("inf"), value)
     if INF_ROWS:  # zeros where +inf is the sink's alone
         share = tl.where(total == float("inf"), tl.where(peak == float("inf"), float("nan"), 0.0), share)
+    if SELECTS:  # a row of NaNs is 0 where the weight lets none of them through
+        lost = (rows < N) & ~(tl.abs(share) < float("inf"))
+        count = tl.where(tl.max(lost.to(tl.int32), 0) > 0, tl.cdiv(M, BLOCK_N), 0)
+        through = _nans(b, h, rows, sizes, aux, count, WEIGHT, BLOCK_M, BLOCK_N)
+        stopped = lost & (through == 0)
+        share = tl.where(stopped, 0.0, share)
+        acc0 = tl.where(stopped[:, None], 0.0, acc0)
+        acc1 = tl.where(stopped[:, None], 0.0, acc1)
     store_rows(out, acc0 * share[:, None], q_start, N, out_strides[2], out_strides[3], 0, V0, DV, BLOCK_M)
     if V1 > 0:
         store_rows(out, acc1 * share[:, None], q_start, N, out_strides[2], out_strides[3], V0, V1, DV, BLOCK_M)
@@ -338,7 +368,8 @@ def plan(
     constants = (
         qs, ks, vs, os, B, H, N, M, H // k.shape[1], threshold(dropout_p), keep_scale(dropout_p), found.floor,
         found.kv_bounds, masked.score, masked.factor, masked.wide, full.score, full.factor, full.wide,
-        found.revisit, found.sink and found.sink.value, program.zero_rows, program.inf_rows, dropout_p > 0,
+        found.revisit, found.sink and found.sink.value, program.zero_rows, program.inf_rows,
+        found.weight and found.weight.value, program.selects, dropout_p > 0,
         N % tile.block_m == 0, M % tile.block_n == 0, align,
         D, D0, D1, DV, V0, V1, tile.block_m, tile.block_n, precision(q.dtype), tma, configs.together(B, kind),
     )  # fmt: skip

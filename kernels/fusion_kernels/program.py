@@ -14,7 +14,12 @@ A program may have a *sink*, a score z(b, h, q; captured tensors) that takes its
 
     p_k = exp(x_k) / (exp(z) + sum_k exp(x_k))
 
-The last line of its text is ``sink %x %z``.
+The last line of its text is then ``sink %x %z``. It may also have a *weight*, linear in the probability, that stands between this
+and the values (`weights`)::
+
+    o = sum_k w(p_k; b, h, q, k, captured tensors) v_k
+
+The last line of its text is then ``weight %x %w``, in which ``score`` is the probability.
 """
 
 from __future__ import annotations
@@ -39,6 +44,7 @@ from .nodes import (
     rebuild,
     size,
 )  # fmt: skip
+from .weights import is_weight, selects
 
 __all__ = [
     "GRAD", "INDICES", "LEAVES", "OPS", "SCORE", "SIZES", "Capture", "Node", "Program", "apply", "const", "index", "load",
@@ -67,9 +73,11 @@ class Program:
         scores and sink together.
     inf_rows: a row whose largest score is +inf has lse = +inf, as exp(x - logsumexp(x)) has: its probabilities are NaN where the
         score is +inf, and 0 elsewhere; otherwise NaN throughout, with lse = NaN, as softmax. The output is NaN either way.
+    weight: a float expression of the probability, for which its leaf ``score`` stands, of positions and captures (`weights`);
+        None: the probabilities meet the values as they are. With ``inf_rows`` it is one that lets every NaN through.
 
     Raises:
-        ValueError: the sink reads the score or k.
+        ValueError: the sink reads the score or k; the weight is not linear, or stops NaNs of some keys of a row alone.
     """
 
     root: Node
@@ -78,11 +86,21 @@ class Program:
     zero_rows: bool = False
     sink: Node | None = None
     inf_rows: bool = False
+    weight: Node | None = None
 
     def __post_init__(self) -> None:
         if self.sink is not None and (self.sink.kind != "float" or self.sink.depends_on("score", "grad", "k")):
             raise ValueError(
                 f"fusion_kernels: the sink of a score program is {self.sink}; needed: a float of b, h, q and captures"
+            )
+        if self.weight is not None and not (is_weight(self.weight) and self.weight.kind == "float"):
+            raise ValueError(
+                f"fusion_kernels: the weight of a score program is {self.weight}; needed: products and choices that are "
+                "linear in the probability, for which its leaf 'score' stands"
+            )
+        if self.inf_rows and self.selects:
+            raise ValueError(
+                f"fusion_kernels: the weight of a score program with inf_rows is {self.weight}; needed: one without a choice"
             )
 
     @cached_property
@@ -91,7 +109,7 @@ class Program:
         lines = ["captures " + " ".join(f"{c.kind}[{c.rank}]" for c in self.captures) if self.captures else "captures"]
         lines.append(" ".join([f"params {self.params}", *(name for name in _OF_ROWS if getattr(self, name))]))
         names: dict[Node, str] = {}
-        for node in postorder(self.root, *self._sinks):
+        for node in postorder(self.root, *self._others):
             parts = [node.op]
             if node.attr is not None:
                 parts.append(str(node.attr) if node.op in ("index", "size") else repr(node.attr))
@@ -100,16 +118,24 @@ class Program:
             lines.append(f"{names[node]} = {' '.join(parts)}")
         if self.sink is not None:
             lines.append(f"sink {names[self.root]} {names[self.sink]}")
+        if self.weight is not None:
+            lines.append(f"weight {names[self.root]} {names[self.weight]}")
         return "; ".join(lines)  # one line: compilers put constant arguments into comments of the code that they write
 
     @cached_property
     def loads(self) -> tuple[Node, ...]:
-        """Every load, in the order of the text."""
-        return tuple(n for n in postorder(self.root) if n.op == "load")
+        """Every load of a tile of scores, or of their weights, in the order of the text."""
+        roots = (self.root,) if self.weight is None else (self.root, self.weight)
+        return tuple(n for n in postorder(*roots) if n.op == "load")
 
     @property
-    def _sinks(self) -> tuple[Node, ...]:
-        return () if self.sink is None else (self.sink,)
+    def _others(self) -> tuple[Node, ...]:
+        return tuple(n for n in (self.sink, self.weight) if n is not None)
+
+    @cached_property
+    def selects(self) -> bool:
+        """Whether the weight makes 0 of some NaNs."""
+        return self.weight is not None and selects(self.weight)
 
     def with_root(self, root: Node) -> Program:
         return replace(self, root=root)
@@ -118,6 +144,11 @@ class Program:
     def sink_program(self) -> Program | None:
         """The sink as the root of a program of its own, for its gradient."""
         return None if self.sink is None else Program(self.sink, self.captures, self.params)
+
+    @cached_property
+    def weight_program(self) -> Program | None:
+        """The weight as the root of a program of its own, with the probability as its score."""
+        return None if self.weight is None else Program(self.weight, self.captures, self.params)
 
 
 def _value(text: str) -> float | int | bool:
@@ -143,7 +174,7 @@ def parse(text: str) -> Program:
         kind, _, rank = word.rstrip("]").partition("[")
         captures.append(Capture(kind, int(rank)))
     nodes: dict[str, Node] = {}
-    last = sink = None
+    last = sink = weight = None
     _, params, *of_rows = lines[1].split()
     if not set(of_rows) <= set(_OF_ROWS):
         known = ", ".join(_OF_ROWS)
@@ -152,6 +183,9 @@ def parse(text: str) -> Program:
         try:
             if line.startswith("sink "):
                 last, sink = (nodes[word] for word in line.split()[1:])
+                continue
+            if line.startswith("weight "):
+                last, weight = (nodes[word] for word in line.split()[1:])
                 continue
             name, _, body = line.partition(" = ")
             op, *words = body.split()
@@ -169,4 +203,4 @@ def parse(text: str) -> Program:
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(f"fusion_kernels: cannot read {line!r} of a score program: {error}") from error
     assert last is not None
-    return Program(last, tuple(captures), int(params), "zero_rows" in of_rows, sink, "inf_rows" in of_rows)
+    return Program(last, tuple(captures), int(params), "zero_rows" in of_rows, sink, "inf_rows" in of_rows, weight)

@@ -6,7 +6,8 @@
     o = dropout(p) v
     lse = log2(sum(exp(x)))            base 2: what the kernels exponentiate in; p = 2^(x log2(e) - lse), NaNs included
 
-With a sink z, p = softmax([x, z]) without its last column, and lse = log2(exp(z) + sum(exp(x))).
+With a sink z, p = softmax([x, z]) without its last column, and lse = log2(exp(z) + sum(exp(x))). With a weight,
+o = w(dropout(p)) v.
 
 Backward, with do = d(loss)/do:
 
@@ -16,6 +17,8 @@ Backward, with do = d(loss)/do:
     ds, dcaptures = the program's own gradient of dx
     dq = ds k,  dk = ds^T q
     dz = -p_sink delta                 the sink has no value: its dp is 0
+
+With a weight, dv = w(dropout(p))^T do, dp = dropout(w'(do v^T)), and delta is what it was: w is linear.
 """
 
 from __future__ import annotations
@@ -31,7 +34,10 @@ from .evaluate import Box, Environment, evaluate, scatter
 from .philox import keep_mask
 from .program import Program
 
-__all__ = ["LOG2E", "as_tensor", "compute_dtype", "dense", "dense_backward", "dropout_factor", "scatter_sink", "sink_over"]
+__all__ = [
+    "LOG2E", "as_tensor", "compute_dtype", "dense", "dense_backward", "dropout_factor", "scatter_sink", "sink_over",
+    "unweighted", "weighted",
+]  # fmt: skip
 
 LOG2E = math.log2(math.e)
 
@@ -65,6 +71,7 @@ def dense(
     p, _, lse = _dense_softmax(env, program)
     if dropout_p:
         p = p * dropout_factor(env.box, dropout_p, seed, env)
+    p = weighted(program, p, env)
     return (p @ _grouped(v, q.shape[1], env.dtype)).to(v.dtype), lse
 
 
@@ -92,11 +99,11 @@ def dense_backward(
     do = do.to(dtype)
     p, p_sink, _ = _dense_softmax(env, program)
     keep = dropout_factor(env.box, dropout_p, seed, env) if dropout_p else torch.ones((), dtype=dtype, device=q.device)
-    dp = keep * (do @ _grouped(v, heads, dtype).mT)
+    wanted = tuple(i for i, need in enumerate(needs) if need)
+    dp = keep * unweighted(program, p * keep, do @ _grouped(v, heads, dtype).mT, wanted, dcaptures, env)
     delta = (p * dp).sum(-1, keepdim=True)
     delta = delta if p_sink is None else delta + p_sink * 0
     env.grad = p * (dp - delta)
-    wanted = tuple(i for i, need in enumerate(needs) if need)
     gradient = vjp(program, wanted)
     if p_sink is not None and wanted:
         scatter_sink(program, -p_sink * delta, wanted, dcaptures, env)
@@ -107,7 +114,7 @@ def dense_backward(
     ds = as_tensor(evaluate([gradient.dscore], env)[0], env).expand(p.shape)
     dq.copy_(ds @ _grouped(k, heads, dtype))
     dk.copy_((ds.mT @ q.to(dtype)).unflatten(1, (kv_heads, -1)).sum(2))
-    dv.copy_(((p * keep).mT @ do).unflatten(1, (kv_heads, -1)).sum(2))
+    dv.copy_((weighted(program, p * keep, env).mT @ do).unflatten(1, (kv_heads, -1)).sum(2))
 
 
 def _grouped(t: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.Tensor:
@@ -173,6 +180,39 @@ def scatter_sink(
         into = dcaptures[load.attr]  # type: ignore[index]
         assert into is not None
         scatter(load, as_tensor(evaluate([gradient], rows)[0], rows), into, rows)
+
+
+def weighted(program: Program, p: torch.Tensor, env: Environment) -> torch.Tensor:
+    """What the values are multiplied with: the weight of `program` applied to `p`, over the box of `env`."""
+    if program.weight is None:
+        return p
+    return as_tensor(evaluate([program.weight], _of_probabilities(env, p))[0], env).expand(p.shape)
+
+
+def unweighted(
+    program: Program,
+    p: torch.Tensor,
+    dp: torch.Tensor,
+    wanted: tuple[int, ...],
+    dcaptures: Sequence[torch.Tensor | None],
+    env: Environment,
+) -> torch.Tensor:
+    """The cotangent of `p`, given that of ``weighted(p)``; adds what the weight gives the captures that it reads."""
+    if program.weight_program is None:
+        return dp
+    gradient, env = vjp(program.weight_program, wanted), _of_probabilities(env, p, dp)
+    for load, g in gradient.loads:
+        into = dcaptures[load.attr]  # type: ignore[index]
+        assert into is not None
+        scatter(load, as_tensor(evaluate([g], env)[0], env), into, env)
+    found = as_tensor(evaluate([gradient.dscore], env)[0], env)
+    return found if found.shape == p.shape else found.expand(p.shape).clone()  # a weight of 0, whatever p
+
+
+def _of_probabilities(env: Environment, p: torch.Tensor, grad: torch.Tensor | None = None) -> Environment:
+    """The box of `env` for a weight, whose ``score`` is the probability. What reads none is not computed again."""
+    known = {node: value for node, value in env.values.items() if not node.depends_on("score", "grad")}
+    return replace(env, score=p, grad=grad, values=known)
 
 
 def dropout_factor(box: Box, p: float, seed: torch.Tensor | None, env: Environment) -> torch.Tensor:

@@ -76,7 +76,7 @@ def _added(term: Node) -> tuple[bool, Node | None]:
 @lru_cache(maxsize=1024)
 def form(program: Program) -> Form | None:
     """How ATen would compute the program; None if it cannot."""
-    if program.sink is not None:
+    if program.sink is not None or program.weight is not None:
         return None
     root, causal = program.root, False
     mask: Node | None = None

@@ -16,7 +16,7 @@ from . import tiles
 from .derivative import vjp
 from .evaluate import Box, Environment, evaluate, integer, scatter
 from .program import Program
-from .reference import LOG2E, as_tensor, compute_dtype, dropout_factor, scatter_sink, sink_over
+from .reference import LOG2E, as_tensor, compute_dtype, dropout_factor, scatter_sink, sink_over, unweighted, weighted
 
 __all__ = ["tiled_backward", "tiled_forward"]
 
@@ -133,6 +133,22 @@ class _Problem:
         enough = m >= self.fill + 128
         return bool((enough & m.isfinite() if nan else enough | m.isnan()).all())
 
+    def stopped(self, box: Box, out: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        """`out`, (b, h, rows, Dv), with zeros for those rows of NaNs of which the weight lets none through.
+
+        total: the sums that made it, (b, h, rows, 1): NaN in a row of NaNs, and 0 where every score is -inf.
+        """
+        if not self.program.selects or bool(((total > 0) & (total < math.inf)).all()):
+            return out
+        through = torch.zeros_like(total, dtype=torch.bool)
+        for start in range(0, self.m, KEYS):
+            part = Box(box.b, box.h, box.q, (start, min(start + KEYS, self.m)))
+            env = Environment(part, self.sizes, self.captures, self.params, self.dtype, self.device)
+            shape = (*total.shape[:3], part.k[1] - start)
+            nothing = torch.full((), math.nan, dtype=self.dtype, device=self.device).expand(shape)
+            through |= weighted(self.program, nothing, env).isnan().any(-1, keepdim=True)
+        return out.masked_fill(~((total > 0) & (total < math.inf)) & ~through, 0.0)
+
 
 @dataclass
 class _Row:
@@ -179,7 +195,8 @@ def _visit(p: _Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, parts
         e = (x - base).exp_()
         total = e.sum(-1, keepdim=True)
         keep = p.dropout(env)
-        out = p.unfold(torch.matmul(p.fold(e if keep is None else e * keep), v[:, :, box.k[0] : box.k[1]]))
+        e = weighted(p.program, e if keep is None else e * keep, env)
+        out = p.unfold(torch.matmul(p.fold(e), v[:, :, box.k[0] : box.k[1]]))
         if row is not None:
             decay = (row.m - base).exp_()
             total += row.total * decay
@@ -216,7 +233,7 @@ def tiled_forward(
                 row = _visit(p, q_, keys, values, p.keys(box, skip=False))
             assert row is not None
             row.settle(program, z)
-            out[here] = row.out.div_(row.total)
+            out[here] = p.stopped(box, row.out.div_(row.total), row.total)
             lse[here] = (row.total.log_() + row.m).squeeze(-1).mul_(LOG2E)
 
 
@@ -303,8 +320,10 @@ def _backward_rows(
             m = x.amax(-1, keepdim=True)
             prob = torch.where(m == math.inf, (x - m).exp_(), prob) if bool((m == math.inf).any()) else prob
         keep = p.dropout(env)
-        dv[:, :, keys] += torch.matmul(p.fold(prob if keep is None else prob * keep).mT, p.fold(do))
+        dropped = prob if keep is None else prob * keep
+        dv[:, :, keys] += torch.matmul(p.fold(weighted(p.program, dropped, env)).mT, p.fold(do))
         dp = p.unfold(torch.matmul(p.fold(do), v[:, :, keys].mT))
+        dp = unweighted(p.program, dropped, dp, wanted, dcaptures, env)
         if keep is not None:
             dp.mul_(keep)
         if delta is None:

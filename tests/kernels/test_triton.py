@@ -16,6 +16,14 @@ NAMES = [
     "alibi", "softcap", "padding", "bias", "own bias", "lowest mask", "far", "relative", "key factor", "row factor",
     "documents", "offset", "math", "sink", "sink of rows", "softmax one", "softmax one, NaN", "deep sink",
     "infinite", "infinite, quotient", "infinite, sink", "infinite, quotient, sink", "infinite sink",
+    "weight of heads", "weight of rows", "mask again", "mask again, -1e9", "causal again", "causal again, other way",
+    "only the hidden", "weight of a bias", "weight beside a table", "weight and sink", "guard",
+]  # fmt: skip
+
+TILED = [
+    "causal", "window", "blocks, -1e4", "strictly anticausal, -1e9", "own bias", "far", "sink", "infinite, quotient",
+    "mask again",
+    "only the hidden", "weight of a bias", "weight beside a table", "guard",
 ]  # fmt: skip
 
 
@@ -58,9 +66,7 @@ def compare_tiles(name: str, tma: bool, shape: tuple[int, ...]) -> list[tuple[st
             known.clear()
 
 
-@pytest.mark.parametrize(
-    "name", ["causal", "window", "blocks, -1e4", "strictly anticausal, -1e9", "own bias", "far", "sink", "infinite, quotient"]
-)
+@pytest.mark.parametrize("name", TILED)
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
 def test_many_tiles(worker: ProcessPoolExecutor, name: str, tma: bool) -> None:
     """Four or five tiles each way, or more where each has rows of its own kind."""
@@ -90,6 +96,11 @@ def test_dropout(worker: ProcessPoolExecutor, p: float) -> None:
     check(worker, "causal", (2, 2, 1, 37, 53, 16, 16), p=p)
     check(worker, "sink", (1, 4, 2, 37, 53, 16, 16), p=p)
     check(worker, "infinite, quotient", (1, 2, 2, 37, 53, 16, 16), p=p)
+
+
+def test_dropout_beside_weights(worker: ProcessPoolExecutor) -> None:
+    for name in ("mask again", "weight of heads", "weight of a bias", "weight beside a table", "guard"):
+        check(worker, name, (2, 2, 1, 37, 53, 16, 16), p=0.25)
 
 
 def stored_gradient(shared: str, slots: int, programs: int, masked: bool) -> tuple[float, float, int]:

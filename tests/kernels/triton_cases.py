@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from fusion_kernels.backward import attention_backward
@@ -192,6 +193,44 @@ def _infinite_sink(s: Shape) -> Case:
     return Case(program, [z])
 
 
+def _weighted(s: Shape, weight: Node, *captures: torch.Tensor, fill: float = -math.inf, **options: Any) -> Case:
+    """Scores that no key of the last row is seen by; weights read `captures`."""
+    root = apply("where", apply("lt", Q, K), _scaled(s), const(fill))
+    kinds = tuple(Capture("float" if c.is_floating_point() else "bool", c.dim()) for c in captures)
+    return Case(Program(root, kinds, weight=weight, **options), list(captures))
+
+
+def _again(s: Shape, fill: float) -> Case:
+    """A mask of its own, at -1 of which is nothing: whole rows hidden by the scores' mask are 0, or NaN where it shows a key."""
+    shown = torch.rand(s.batch, s.n, s.m) > 0.4
+    shown[0, -1] = False
+    weight = apply("where", load(0, "bool", [B, Q, K]), SCORE, const(0.0))
+    return _weighted(s, weight, shown, fill=fill)
+
+
+def _weight_of_a_bias(s: Shape) -> Case:
+    """A table that the scores read as well, and a factor a head."""
+    table, head = load(0, "float", [B, H, Q, K]), load(1, "float", [H])
+    root = apply("add", _scaled(s), table)
+    weight = apply("mul", apply("mul", SCORE, head), table)
+    captures = [torch.randn(s.batch, s.heads, s.n, s.m), torch.randn(s.heads)]
+    return Case(Program(root, (Capture("float", 4), Capture("float", 1)), weight=weight), captures)
+
+
+def _weight_beside_a_table(s: Shape) -> Case:
+    """The gradient of a learned bias under a weight; past the end, the quotient is 0 / 0."""
+    root = apply("add", _scaled(s), load(0, "float", [H, Q, K]))
+    weight = apply("div", SCORE, load(1, "float", [B, K]))
+    captures = [torch.randn(s.heads, s.n, s.m), torch.rand(s.batch, s.m) + 0.5]
+    return Case(Program(root, (Capture("float", 3), Capture("float", 2)), weight=weight), captures)
+
+
+def _guard_of_infinite(s: Shape) -> Case:
+    """Rows of NaN, of several kinds, become 0."""
+    case = _infinite(s, inf_rows=False)
+    return Case(replace(case.program, weight=apply("where", apply("isnan", SCORE), const(0.0), SCORE)), case.captures)
+
+
 CASES: dict[str, Callable[[Shape], Case]] = {
     "plain": lambda s: Case(Program(_scaled(s)), []),
     "causal": lambda s: _masked(s, CAUSAL),
@@ -223,6 +262,19 @@ CASES: dict[str, Callable[[Shape], Case]] = {
     "infinite, sink": lambda s: _infinite(s, inf_rows=False, sink=const(0.5)),
     "infinite, quotient, sink": lambda s: _infinite(s, inf_rows=True, sink=const(0.5)),
     "infinite sink": _infinite_sink,
+    "weight of heads": lambda s: _weighted(s, apply("mul", load(0, "float", [H]), SCORE), torch.randn(s.heads), fill=LOWEST),
+    "weight of rows": lambda s: _weighted(
+        s, apply("div", SCORE, load(0, "float", [B, Q])), torch.rand(s.batch, s.n) + 0.5, zero_rows=True
+    ),
+    "mask again": lambda s: _again(s, -math.inf),
+    "mask again, -1e9": lambda s: _again(s, -1e9),
+    "causal again": lambda s: _weighted(s, apply("where", apply("lt", Q, K), SCORE, const(0.0))),
+    "causal again, other way": lambda s: _weighted(s, apply("where", apply("ge", Q, K), const(0.0), apply("neg", SCORE))),
+    "only the hidden": lambda s: _weighted(s, apply("where", apply("ge", Q, K), SCORE, const(0.0))),
+    "weight of a bias": _weight_of_a_bias,
+    "weight beside a table": _weight_beside_a_table,
+    "weight and sink": lambda s: _weighted(s, apply("where", apply("lt", Q, K), SCORE, const(0.0)), sink=const(0.5)),
+    "guard": _guard_of_infinite,
 }
 
 
@@ -309,6 +361,8 @@ def dense(
         weights = softmax(x_.masked_fill(empty, 0.0)).masked_fill(empty, 0.0).to(dtype)
     if keep is not None:
         weights = weights * keep / (1 - p) if p < 1 else weights * 0
+    if case.program.weight is not None:
+        (weights,) = evaluate([case.program.weight], replace(env, score=weights, dtype=dtype, values={}))
     out = weights @ v.repeat_interleave(group, 1)
     wanted = [q, k, v, *(captures[i] for i in case.wrt)]
     gradients = torch.autograd.grad(out, wanted, x.do.to(dtype), allow_unused=True)
