@@ -104,13 +104,18 @@ def site_device(match: Match) -> torch.device:
     return match.q.value.tensor.device
 
 
-def bytes_saved(match: Match) -> int | None:
-    """Scores and probabilities that eager would keep for the backward, in bytes; None for symbolic sizes."""
+def bytes_saved(match: Match, scores: Scores, counted: set[Value]) -> int | None:
+    """Scores and probabilities that eager would keep for the backward, in bytes; None for symbolic sizes.
+
+    counted: those of sites that share them; they are left out, and what is counted here is put in.
+    """
     b, h, n, _ = match.q.shape
     size = sympy.Mul(b, h, n, match.k.shape[2])
     if not size.is_Integer:
         return None
-    full = [v for v in match.walked if sympy.Mul(*map(expr_of, v.shape)) == size and v.record is not None and not _is_view(v)]
+    full = {v for v in match.walked if sympy.Mul(*map(expr_of, v.shape)) == size and v.record is not None and not _is_view(v)}
+    full -= counted.union(c for c in scores.captures if isinstance(c, Value))
+    counted |= full
     return sum(int(size) * v.dtype.itemsize for v in full)
 
 

@@ -20,7 +20,7 @@ from fusion_kernels.program import Node, postorder
 
 from .anchors import Anchor
 from .describe import Describer
-from .dropout import Draw, check_own_bits
+from .dropout import Bits, Draw, own_bits
 from .factors import Factor, chain_of, factor
 from .gates import find_gate, sink_of
 from .indexing import Axes, expr_of, same, whole
@@ -51,6 +51,7 @@ class Match:
     k: Factor
     v: Factor
     draw: Draw | None = None
+    bits: Bits | None = None
     zero_rows: bool = False  # torch's safe softmax: a row without a key gives zeros; with a sink, it is the sink's
     inf_rows: bool = False  # a quotient without a shift: a row with +inf is NaN at that key alone
     sink: Node | None = None  # a score without a key, over the axes of the rows (`sinks`)
@@ -167,8 +168,6 @@ class _Matcher:
         new_splits = self._new_splits()
         if new_splits:
             return new_splits
-        if draw is not None:
-            check_own_bits(self.d, draw, [*self.batch, self.query, key])
         inner = dot.attr[5]  # pyright: ignore
         for depth in (-1, 0):  # keys and values before they are repeated for the heads of a group; else as they are given
             batch, heads, kv_heads = self._grouping([k_chain[depth], v_chain[depth]])
@@ -180,6 +179,7 @@ class _Matcher:
             except Refused:
                 if depth == 0:
                     raise
+        bits = own_bits(self.d, draw, [*batch, *heads], self.query, key) if draw is not None else None
         out_steps = self._out_steps(output, places, batch, heads, dim_parts)
         walked = self.d.seen | set(chain) | {output, product.outputs[0]}
         walked |= {link[0] for links in (q_chain, k_chain, v_chain) for link in links}
@@ -198,6 +198,7 @@ class _Matcher:
             k,
             v,
             draw,
+            bits,
             zero_rows,
             inf_rows,
             sink,
@@ -312,15 +313,26 @@ class _Matcher:
     # ------------------------------------------------------------ the scores
 
     def _score(self, body: Node) -> tuple[Node, Node, list, list]:
-        """The score with its product of queries and keys; the product; the chains of both its factors."""
-        for node in postorder(body):
-            chains = self._factors(node) if node.op == "dot" else None
-            if chains is not None:
-                return body, node, *chains
+        """The score with its product of queries and keys; the product; the chains of both its factors.
+
+        Of several products one is computed in the kernel and the others are loaded. Any choice is right; the one that varies
+        over the most axes is the dearest to store, then the one with the longest head dim the dearest to read. Of equals the
+        first that was made, so that sites which add the same products in other orders choose alike, and need the same tensors.
+        """
+        found = [(node, chains) for node in postorder(body) if node.op == "dot" and (chains := self._factors(node)) is not None]
+        if found:
+            node, chains = max(found, key=lambda f: self._cost(*f))
+            return body, node, *chains
         if written(self.d, body):
             seen = "the scores are written through a view of them"
             raise Refused(Reason.MUTATION, seen, "in-place operations on the whole tensor")
         raise Refused(Reason.NO_SCORES, "the softmax is not over a product of two tensors", "q @ k^T under the softmax")
+
+    def _cost(self, dot: Node, chains: tuple[list, list]) -> tuple[int, bool, int, int]:
+        """Of a product: the axes that it varies over, its head dim (symbolic ones are long), how early it was made."""
+        read = {axis for chain in chains for e in chain[-1][1] for axis in self.axes.of(e) if self.axes.sizes[axis] != 1}
+        size = self.axes.sizes[dot.attr[5]]  # pyright: ignore
+        return len(read), not size.is_Integer, int(size) if size.is_Integer else 0, -dot.attr[0]  # pyright: ignore
 
     def _factors(self, dot: Node) -> tuple[list, list] | None:
         """The chains of queries and keys, if one factor of `dot` reads the keys' axis and the other the queries'."""
