@@ -56,7 +56,7 @@ class Match:
     inf_rows: bool = False  # a quotient without a shift: a row with +inf is NaN at that key alone
     sink: Node | None = None  # a score without a key, over the axes of the rows (`sinks`)
     end: int = 0  # the number of the call in whose place the op stands: the product with the values, or a gate on it
-    walked: set[Value] = field(default_factory=set)  # every value between the factors and the output
+    walked: set[Value] = field(default_factory=set)  # what lies between the factors and the output
 
     @property
     def dropout_p(self) -> float:
@@ -182,7 +182,6 @@ class _Matcher:
         bits = own_bits(self.d, draw, [*batch, *heads], self.query, key) if draw is not None else None
         out_steps = self._out_steps(output, places, batch, heads, dim_parts)
         walked = self.d.seen | set(chain) | {output, product.outputs[0]}
-        walked |= {link[0] for links in (q_chain, k_chain, v_chain) for link in links}
         return Match(
             self.anchor,
             self.d,

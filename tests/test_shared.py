@@ -1,0 +1,456 @@
+"""What several attentions share: scores, probabilities, dropout masks. All of them fuse, or none.
+
+Each row of the table is one body. As it stands it fuses whole; with one of its edits something outside needs what is shared, and
+the graph is handed on unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import Recorder, Watch, assert_fused, assert_rule, compile_always, exactly, run, sites_text
+from dropped import assert_rate, kept
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import fusion_pass
+from fusion_pass.site import Reason
+
+SCORES, PROBABILITIES, DROPOUT = Reason.SCORES_USED, Reason.PROBABILITIES_USED, Reason.DROPOUT
+
+
+@dataclass(frozen=True)
+class Row:
+    fn: Callable[..., Any]  # of (q, k, v, w, edit); w is like v, or like q where `ways`
+    sites: int
+    stored: bool  # whether a tensor as large as the scores is read by the ops
+    ways: bool
+    edits: dict[str, tuple[Reason | None, ...]]  # the reasons of its sites; None for one that is fused
+
+    def __str__(self) -> str:
+        return self.fn.__name__
+
+    def inputs(self, n: int, m: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(n + m)
+        shapes = (2, 3, n, 16), (2, 3, m, 16), (2, 3, m, 16), (2, 3, n if self.ways else m, 24)
+        return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
+
+
+ROWS: list[Row] = []
+
+
+def shared(sites: int, *, stored: bool = False, ways: bool = False, **edits: tuple[Reason | None, ...]) -> Callable[[Any], Any]:
+    def register(fn: Any) -> Any:
+        ROWS.append(Row(fn, sites, stored, ways, edits))
+        return fn
+
+    return register
+
+
+def scores_of(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.mT * 0.25
+
+
+def window(scores: Tensor, width: int) -> Tensor:
+    """What lies further than `width` from the diagonal is masked; key 0 never is."""
+    i, j = torch.arange(scores.shape[-2])[:, None], torch.arange(scores.shape[-1])
+    return scores.masked_fill(((i - j).abs() > width) & (j > 0), -torch.inf)
+
+
+def extra(edit: str, **values: Tensor) -> tuple[Tensor, ...]:
+    """What an edit returns beside the rest, by its name."""
+    return (values[edit],) if edit in values else ()
+
+
+# ---------------------------------------------------------------- one score, several softmaxes
+
+
+@shared(
+    2,
+    scores=(SCORES, SCORES),
+    total=(SCORES, SCORES),
+    masked=(SCORES, SCORES),
+    probabilities=(SCORES, PROBABILITIES),
+    top_k=(SCORES, Reason.NOT_EXPRESSIBLE),
+    queries=(SCORES, Reason.SOFTMAX_DIM),
+    detached=(SCORES, Reason.NO_SCORES),
+    no_values=(SCORES,),
+)
+def two_masks(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, ...]:
+    scores = scores_of(q, k)
+    masked = window(scores, 3)
+    first = masked.softmax(-1) @ v
+    other = scores.detach() if edit == "detached" else scores
+    if edit == "top_k":
+        other = other.masked_fill(other < other.topk(1, dim=-1).values - 1, -torch.inf)
+    p = other.tanh().softmax(-2 if edit == "queries" else -1)
+    more = extra(edit, scores=scores, total=scores.logsumexp(-1), masked=masked, probabilities=p)
+    return first, p.sum(-2) if edit == "no_values" else p @ w, *more
+
+
+@shared(2, ways=True, scores=(SCORES, SCORES), largest=(SCORES, SCORES), keys=(Reason.SOFTMAX_DIM, SCORES))
+def two_ways(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, ...]:
+    """GroundingDINO: queries look at keys, and keys at queries."""
+    scores = scores_of(q, k)
+    back = scores.transpose(-2, -1).softmax(-2 if edit == "keys" else -1) @ w
+    return scores.softmax(-1) @ v, back, *extra(edit, scores=scores, largest=scores.amax())
+
+
+@shared(2, ways=True, written=(SCORES, SCORES), unwritten=(SCORES, SCORES))
+def two_ways_in_place(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, ...]:
+    """The first softmax reads the scores before they are masked, the second after."""
+    scores = scores_of(q, k)
+    unwritten = scores * 1.5
+    back = unwritten.mT.softmax(-1) @ w
+    scores.masked_fill_(torch.arange(k.shape[2]) > 40, -torch.inf)
+    return scores.softmax(-1) @ v, back, *extra(edit, written=scores, unwritten=unwritten)
+
+
+@shared(2, raw=(SCORES, SCORES), half=(SCORES, None), other=(None, SCORES))
+def one_product_two_scales(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, ...]:
+    """With one of two edits, what is returned is made from the operands again, and is of one site alone."""
+    raw = q @ k.mT
+    one = q @ k.mT if edit == "half" else raw
+    two = q @ k.mT if edit == "other" else raw
+    half, other = one * 0.5, two * 0.125
+    return half.softmax(-1) @ v, other.softmax(-1) @ w, *extra(edit, raw=raw, half=half, other=other)
+
+
+@shared(2, stored=True, content=(SCORES, SCORES), total=(SCORES, SCORES), position=(None, None), no_values=(SCORES,))
+def each_added_to_the_other(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, ...]:
+    """LiLT: the sum of two products, in both orders. The op makes the longer one and reads the other, which may be returned."""
+    content, position = q @ k.mT * 0.25, q[..., :4] @ k[..., :4].mT / 3
+    total, p = content + position, (position + content).softmax(-1)
+    second = p.sum(-2) if edit == "no_values" else p @ w
+    return total.softmax(-1) @ v, second, *extra(edit, content=content, total=total, position=position)
+
+
+@shared(3, scores=(SCORES, None, SCORES))
+def two_of_three(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, ...]:
+    """A refusal spreads to whom it touches, and to nobody else."""
+    scores = scores_of(q, k)
+    first = window(scores, 5).softmax(-1) @ v
+    apart = (q @ k.mT).softmax(-1) @ (v * 2)
+    return first, apart, scores.softmax(-1) @ w, *extra(edit, scores=scores)
+
+
+# ---------------------------------------------------------------- one softmax, several products
+
+
+@shared(
+    2,
+    probabilities=(PROBABILITIES, PROBABILITIES),
+    mean=(PROBABILITIES, PROBABILITIES),
+    transposed=(PROBABILITIES,),
+    squared=(PROBABILITIES,),
+    detached=(PROBABILITIES,),
+    added=(Reason.NO_VALUES,),
+    summed=(PROBABILITIES,),
+)
+def two_products(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, ...]:
+    p = scores_of(q, k).softmax(-1)
+    first = p @ v
+    if edit == "transposed":
+        return first, p.mT @ q
+    if edit == "summed":
+        return first, p.sum(-2)
+    if edit == "added":
+        return first, torch.baddbmm(first.flatten(0, 1), p.flatten(0, 1), v.flatten(0, 1))
+    second = p.square() if edit == "squared" else p.detach() if edit == "detached" else p
+    return first, second @ w, *extra(edit, probabilities=p, mean=p.mean(1))
+
+
+@shared(3, weights=(SCORES,) * 3, quotient=(PROBABILITIES,) * 3)
+def three_products_by_hand(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, ...]:
+    """Softmax by hand, values on either side, and the values of one product are of the other's result's making."""
+    scores = scores_of(q, k)
+    e = (scores - scores.amax(-1, keepdim=True)).exp()
+    p = e / e.sum(-1, keepdim=True)
+    first = p @ v
+    return first, (w.mT @ p.mT).mT, p @ (v + first.sum(-2, keepdim=True)), *extra(edit, weights=e, quotient=p)
+
+
+@shared(3, probabilities=(PROBABILITIES, PROBABILITIES, SCORES), scores=(SCORES, SCORES, SCORES))
+def products_and_scores(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, ...]:
+    """One refusal by way of another: the probabilities are returned, so the scores are needed, so the third goes too."""
+    scores = scores_of(q, k)
+    p = scores.softmax(-1)
+    return p @ v, p @ w, window(scores, 2).softmax(-1) @ v, *extra(edit, probabilities=p, scores=scores)
+
+
+@shared(2, probabilities=(PROBABILITIES, PROBABILITIES))
+def a_head_for_two_values(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, ...]:
+    """One product has a value for each head, the other one value for all of them."""
+    p = scores_of(q, k).softmax(-1)
+    return p @ v, p @ w[:, :1], *extra(edit, probabilities=p)
+
+
+@shared(2, probabilities=(PROBABILITIES, PROBABILITIES))
+def in_a_checkpoint(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> Any:
+    return checkpoint(lambda *x: two_products(*x, edit=edit), q, k, v, w, use_reentrant=False)
+
+
+# ---------------------------------------------------------------- the table's tests
+
+SIZES = [(63, 129), (197, 63), (1, 197), (129, 1)]
+EDITS = [(row, edit) for row in ROWS for edit in row.edits]
+
+
+def compiled(fn: Callable[..., Any], recorder: Recorder, edit: str = "", **options: Any) -> Callable[..., Any]:
+    return compile_always(lambda *x: fn(*x, edit=edit), recorder, **options)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_all_fuse(row: Row, sizes: tuple[int, int]) -> None:
+    inputs, recorder = row.inputs(*sizes), Recorder("eager")
+    call = compiled(row.fn, recorder, dynamic=False)
+    got = run(call, inputs)
+    assert_fused(fusion_pass.last_report(), recorder, row.sites)
+    assert_rule(got, run(row.fn, inputs), exactly(row.fn, inputs), str(row))
+    if row.stored or 1 in sizes:
+        return
+    recorder.watch = watch = Watch(sizes, 6 * sizes[0] * sizes[1])
+    run(call, inputs, watch=watch)
+    assert not watch.seen, f"tensors as large as the scores: {watch.seen}"
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_all_fuse_in_other_dtypes(row: Row, dtype: torch.dtype) -> None:
+    inputs, recorder = row.inputs(63, 129, dtype), Recorder("eager")
+    got = run(compiled(row.fn, recorder), inputs)
+    assert_fused(fusion_pass.last_report(), recorder, row.sites)
+    assert_rule(got, run(row.fn, inputs), exactly(row.fn, inputs), str(row))
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if r.fn is not in_a_checkpoint], ids=str)
+def test_all_fuse_with_dynamic_shapes(row: Row) -> None:
+    recorder = Recorder("eager")
+    call = compiled(row.fn, recorder, dynamic=True)
+    for sizes in ((63, 129), (129, 63)):
+        inputs = row.inputs(*sizes)
+        assert_rule(run(call, inputs), run(row.fn, inputs), exactly(row.fn, inputs), str(row))
+    assert_fused(fusion_pass.last_report(), recorder, row.sites)
+
+
+@pytest.mark.parametrize(("row", "edit"), EDITS, ids=lambda x: str(x))
+def test_or_none(row: Row, edit: str) -> None:
+    inputs, recorder, untouched = row.inputs(17, 63), Recorder("eager"), Recorder("eager")
+    fn = lambda *x: row.fn(*x, edit=edit)
+    torch.compile(fn, backend=untouched, fullgraph=True)(*inputs)
+    got, eager = run(compiled(row.fn, recorder, edit), inputs), run(fn, inputs)
+    report = fusion_pass.last_report()
+    assert [site.verdict.reason for site in report.sites] == list(row.edits[edit]), sites_text(report)
+    assert_rule(got, eager, exactly(fn, inputs), f"{row}, {edit}")
+    if report.fused:
+        return
+    assert recorder.lines() == untouched.lines(), "the graph of refused sites was changed"
+    for (name, x), (_, y) in zip(got.named(), eager.named(), strict=True):
+        assert (x is None) == (y is None) and (x is None or torch.equal(x, y)), f"{name} differs from eager"
+
+
+def test_each_part_of_the_gradient() -> None:
+    """A loss of one product alone has the gradient of that product: the others add nothing."""
+    inputs = ROWS[0].inputs(63, 129)  # of (2, 3, n, 16), (2, 3, m, 16), (2, 3, m, 16), (2, 3, m, 24)
+    for fn in (two_masks, two_products):
+        for i in (0, 1):
+            part = lambda *x, fn=fn, i=i: fn(*x)[i]
+            call = compile_always(fn, Recorder("eager"))
+            assert_rule(run(lambda *x, call=call, i=i: call(*x)[i], inputs), run(part, inputs), exactly(part, inputs))
+
+
+def test_without_gradients() -> None:
+    inputs, recorder = [x.detach() for x in two_ways_row().inputs(63, 129)], Recorder("eager")
+    got = run(compiled(two_ways, recorder), inputs)
+    assert_fused(fusion_pass.last_report(), recorder, 2)
+    assert_rule(got, run(two_ways, inputs), exactly(two_ways, inputs))
+
+
+def two_ways_row() -> Row:
+    return next(r for r in ROWS if r.fn is two_ways)
+
+
+def test_a_refusal_names_the_reader() -> None:
+    compiled(products_and_scores, Recorder("eager"), "probabilities")(*ROWS[0].inputs(17, 63))
+    seen = [site.verdict.seen for site in fusion_pass.last_report().sites]
+    assert seen[0] == seen[1] == "the graph returns them" and seen[2].endswith(" reads them"), seen
+
+
+def test_shared_scores_are_counted_once() -> None:
+    """Eager keeps the scores for both; what a forward no longer stores is the scores once, and both probabilities."""
+    compiled(one_product_two_scales, Recorder("eager"))(*ROWS[0].inputs(63, 129))
+    first, second = (site.attention for site in fusion_pass.last_report().sites)
+    assert first is not None and second is not None
+    size = 2 * 3 * 63 * 129 * 4
+    assert (first.bytes_saved, second.bytes_saved) == (3 * size, 2 * size)  # q k^T, its multiple, its softmax
+
+
+# ---------------------------------------------------------------- dropout
+
+P = 0.25
+
+
+def dropped(p: Tensor) -> Tensor:
+    return F.dropout(p, P)
+
+
+def noise_like(p: Tensor) -> Tensor:
+    return torch.empty_like(p).bernoulli_(1 - P).div_(1 - P)
+
+
+def one_mask(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, ...]:
+    p = dropped(scores_of(q, k).softmax(-1))
+    second = p.mT.contiguous().mT if edit == "copied" else p
+    return p @ v, second @ w, *extra(edit, probabilities=p)
+
+
+def one_mask_by_hand(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, ...]:
+    """The second product is asked for first, and is the one that the graph makes first."""
+    p = scores_of(q, k).softmax(-1)
+    noise = noise_like(p)
+    second = (p * noise) @ w
+    return (noise * p) @ v, second, *extra(edit, mask=noise, kept=noise > 0)
+
+
+def one_mask_for_two_softmaxes(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, ...]:
+    scores = scores_of(q, k)
+    first, second = scores.softmax(-1), (scores * 2).softmax(-1)
+    noise = F.dropout(torch.ones_like(first), P)
+    other = noise.flip(0) if edit == "flipped" else noise[:, :1] if edit == "one head" else noise
+    second = second * other
+    if edit == "edited":
+        second = second.cumsum(-1)
+    return (first * noise) @ v, second @ w, *extra(edit, mask=noise)
+
+
+def in_a_chain(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> list[Tensor]:
+    """Each attention shares its mask with one neighbour and its scores with the other."""
+    scores = [q @ k.mT * i for i in (0.5, 0.25, 1.0, 2.0)]
+    outs = [scores[0 if edit == "first" else -1].clone()] if edit else []
+    for first, second in pairwise(scores):
+        noise = noise_like(first)
+        outs += [(first.softmax(-1) * noise) @ v, (second.softmax(-1) * noise) @ w]
+    return outs
+
+
+def two_masks_of_one_softmax(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, ...]:
+    p = scores_of(q, k).softmax(-1)
+    return dropped(p) @ v, dropped(p) @ w
+
+
+def one_of_two_is_dropped(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, ...]:
+    p = scores_of(q, k).softmax(-1)
+    return dropped(p) @ v, p @ w
+
+
+def under(keeps: tuple[Tensor, Tensor], second_scale: float = 1.0) -> Callable[..., Any]:
+    """Two eager attentions that keep what they are told."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        scores = scores_of(q, k)
+        first, second = scores.softmax(-1), (scores * second_scale).softmax(-1)
+        first, second = (p * keep.to(p.dtype) / rate(keep) for p, keep in zip((first, second), keeps, strict=True))
+        return first @ v, second @ w
+
+    return attend
+
+
+def rate(keep: Tensor) -> float:
+    return 1.0 if bool(keep.all()) else 1 - P
+
+
+@pytest.mark.parametrize("sizes", [(129, 63), (63, 197), (1, 197)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fn", [one_mask, one_mask_by_hand, one_mask_for_two_softmaxes], ids=lambda f: f.__name__)
+def test_one_mask(fn: Callable[..., Any], dtype: torch.dtype, sizes: tuple[int, int]) -> None:
+    """Both keep the same probabilities, at the wanted rate; and under that mask the rule holds for values and gradients."""
+    first, second = check_masks(fn, sizes, dtype, 2.0 if fn is one_mask_for_two_softmaxes else 1.0)
+    assert torch.equal(first, second)
+    assert_rate(first, P, causal=False)
+
+
+def test_a_chain_fuses_whole() -> None:
+    recorder = Recorder("eager")
+    run(compiled(in_a_chain, recorder), ROWS[0].inputs(63, 17))
+    assert_fused(fusion_pass.last_report(), recorder, 6)
+    seeds = [n for gm in recorder.graphs for n in gm.graph.nodes if n.target is torch.randint]
+    assert [len(n.users) for n in seeds] == [2, 2, 2]
+
+
+def test_two_masks() -> None:
+    first, second = check_masks(two_masks_of_one_softmax, (129, 63), torch.float32)
+    both = torch.corrcoef(torch.stack([first.flatten(), second.flatten()]).double())[0, 1]
+    assert abs(float(both)) < 5 / first.numel() ** 0.5
+    for keep in (first, second):
+        assert_rate(keep, P, causal=False)
+
+
+def test_one_of_two_is_dropped() -> None:
+    first, second = check_masks(one_of_two_is_dropped, (129, 63), torch.float32)
+    assert_rate(first, P, causal=False)
+    assert bool(second.all())
+
+
+def check_masks(fn: Callable[..., Any], sizes: tuple[int, int], dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The masks of both attentions of `fn`, which have to fuse."""
+    inputs, recorder = ROWS[0].inputs(*sizes, dtype), Recorder("aot_eager")
+    call = compiled(fn, recorder, dynamic=False)
+    q, k, v, w = inputs
+    first = kept(lambda q, k, v: call(q, k, v, w)[0], q, k, v, 1)
+    second = kept(lambda q, k, w: call(q, k, v, w)[1], q, k, w, 1)
+    assert_fused(fusion_pass.last_report(), recorder, 2)
+    other = kept(lambda q, k, v: call(q, k, v, w)[0], q, k, v, 2)
+    assert not torch.equal(first, other), "another seed gives the same mask"
+
+    def seeded(*x: Tensor) -> Any:
+        torch.manual_seed(1)
+        return call(*x)
+
+    eager = under((first, second), scale)
+    assert_rule(run(seeded, inputs), run(eager, inputs), exactly(eager, inputs))
+    return first, second
+
+
+DROPPED = [
+    (one_mask, "probabilities", (PROBABILITIES, PROBABILITIES)),
+    (one_mask_by_hand, "mask", (DROPOUT, DROPOUT)),
+    (one_mask_by_hand, "kept", (DROPOUT, DROPOUT)),
+    (one_mask_for_two_softmaxes, "mask", (DROPOUT, DROPOUT)),
+    (one_mask_for_two_softmaxes, "flipped", (DROPOUT, DROPOUT)),
+    (one_mask_for_two_softmaxes, "one head", (DROPOUT, DROPOUT)),
+    (one_mask_for_two_softmaxes, "edited", (DROPOUT, Reason.PROBABILITIES_EDITED)),
+    (in_a_chain, "first", (SCORES, DROPOUT, SCORES, DROPOUT, SCORES, DROPOUT)),
+    (in_a_chain, "last", (DROPOUT, SCORES, DROPOUT, SCORES, DROPOUT, SCORES)),
+]
+
+
+@pytest.mark.parametrize(
+    ("fn", "edit", "reasons"), DROPPED, ids=lambda x: getattr(x, "__name__", x if isinstance(x, str) else "")
+)
+def test_a_mask_that_is_not_shared_alike(fn: Callable[..., Any], edit: str, reasons: tuple[Reason, ...]) -> None:
+    """Refused, and bit for bit what eager draws."""
+    inputs, recorder = ROWS[0].inputs(63, 17), Recorder("eager")
+    call = compiled(fn, recorder, edit)
+    results = []
+    for f in (call, lambda *x: fn(*x, edit=edit)):
+        torch.manual_seed(3)
+        results.append(run(f, inputs))
+    report = fusion_pass.last_report()
+    assert [site.verdict.reason for site in report.sites] == list(reasons), sites_text(report)
+    for (name, x), (_, y) in zip(*(r.named() for r in results), strict=True):
+        assert x is not None and y is not None and torch.equal(x, y), f"{name} differs from eager"
+
+
+def test_a_copy_of_what_was_dropped_has_its_mask() -> None:
+    recorder = Recorder("eager")
+    compiled(one_mask, recorder, "copied")(*ROWS[0].inputs(63, 17))
+    assert_fused(fusion_pass.last_report(), recorder, 2)
+    seeds = [n for gm in recorder.graphs for n in gm.graph.nodes if n.target is torch.randint]
+    assert len(seeds) == 1 and len(seeds[0].users) == 2
