@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import sympy
 import torch
 from fusion_kernels import choice
+from fusion_kernels.checking import MAX_HEAD_DIM
 
 from .indexing import expr_of
 from .match import Match
@@ -19,9 +20,8 @@ from .scores import Scores
 from .site import Reason, Refused, overwritten
 from .tape import Shadow, Value
 
-__all__ = ["MAX_HEAD_DIM", "check", "profitable"]
+__all__ = ["check", "profitable"]
 
-MAX_HEAD_DIM = 256
 DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),

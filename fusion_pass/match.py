@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import sympy
 import torch
-from fusion_kernels.program import Node, postorder
+from fusion_kernels.program import Node
 
 from .anchors import Anchor
 from .describe import Describer
@@ -25,7 +25,8 @@ from .factors import Factor, chain_of, factor
 from .gates import find_gate, sink_of
 from .indexing import Axes, expr_of, same, whole
 from .layout import Step, linear_terms
-from .probabilities import find_softmax, written
+from .probabilities import find_softmax
+from .products import products_under
 from .site import Reason, Refused
 from .tape import Record, Shadow, Value
 from .views import VIEWS, source_index
@@ -157,7 +158,8 @@ class _Matcher:
         at = (*lead, row, key) if side == 0 else (*lead, key, row)
         node, draw = find_softmax(self.d, self.anchor, self.d.element(probabilities, at), key)
         self.key, _, zero_rows, inf_rows = node.attr  # pyright: ignore
-        body, dot, q_chain, k_chain = self._score(node.args[0])
+        body = node.args[0]
+        products = products_under(self.d, body, self.query, self.key)
         sink = node.args[1] if len(node.args) > 1 else None
         if gate is not None:
             sink = sink_of(self.d, gate, [p[0] for p in places], body, self.key) if sink is None and not zero_rows else None
@@ -168,17 +170,20 @@ class _Matcher:
         new_splits = self._new_splits()
         if new_splits:
             return new_splits
-        inner = dot.attr[5]  # pyright: ignore
-        for depth in (-1, 0):  # keys and values before they are repeated for the heads of a group; else as they are given
-            batch, heads, kv_heads = self._grouping([k_chain[depth], v_chain[depth]])
+        refusals: list[Refused] = []
+        # keys and values before they are repeated for the heads of a group; else as they are given
+        for found, depth in [(p, depth) for p in products for depth in (-1, 0)]:
+            inner = found.dot.attr[5]  # pyright: ignore
+            batch, heads, kv_heads = self._grouping([found.k_chain[depth], v_chain[depth]])
             try:
-                q = factor(self.axes, "queries", q_chain, (batch, heads, [self.query], [inner]))
-                k = factor(self.axes, "keys", k_chain, (batch, kv_heads, [self.key], [inner]))
+                q = factor(self.axes, "queries", found.q_chain, (batch, heads, [self.query], [inner]))
+                k = factor(self.axes, "keys", found.k_chain, (batch, kv_heads, [self.key], [inner]))
                 v = factor(self.axes, "values", v_chain, (batch, kv_heads, [key], [self.dim]))
                 break
-            except Refused:
-                if depth == 0:
-                    raise
+            except Refused as refusal:
+                refusals.append(refusal)
+        else:
+            raise refusals[-1]
         bits = own_bits(self.d, draw, [*batch, *heads], self.query, key) if draw is not None else None
         out_steps = self._out_steps(output, places, batch, heads, dim_parts)
         walked = self.d.seen | set(chain) | {output, product.outputs[0]}
@@ -188,7 +193,7 @@ class _Matcher:
             output,
             out_steps,
             body,
-            dot,
+            found.dot,
             self.key,
             self.query,
             batch,
@@ -308,41 +313,3 @@ class _Matcher:
         if ones or any(len(parts) != 1 for _, parts in places):
             steps.append(("reshape", [expr_of(s) for s in output.shape]))
         return steps
-
-    # ------------------------------------------------------------ the scores
-
-    def _score(self, body: Node) -> tuple[Node, Node, list, list]:
-        """The score with its product of queries and keys; the product; the chains of both its factors.
-
-        Of several products one is computed in the kernel and the others are loaded. Any choice is right; the one that varies
-        over the most axes is the dearest to store, then the one with the longest head dim the dearest to read. Of equals the
-        first that was made, so that sites which add the same products in other orders choose alike, and need the same tensors.
-        """
-        found = [(node, chains) for node in postorder(body) if node.op == "dot" and (chains := self._factors(node)) is not None]
-        if found:
-            node, chains = max(found, key=lambda f: self._cost(*f))
-            return body, node, *chains
-        if written(self.d, body):
-            seen = "the scores are written through a view of them"
-            raise Refused(Reason.MUTATION, seen, "in-place operations on the whole tensor")
-        raise Refused(Reason.NO_SCORES, "the softmax is not over a product of two tensors", "q @ k^T under the softmax")
-
-    def _cost(self, dot: Node, chains: tuple[list, list]) -> tuple[int, bool, int, int]:
-        """Of a product: the axes that it varies over, its head dim (symbolic ones are long), how early it was made."""
-        read = {axis for chain in chains for e in chain[-1][1] for axis in self.axes.of(e) if self.axes.sizes[axis] != 1}
-        size = self.axes.sizes[dot.attr[5]]  # pyright: ignore
-        return len(read), not size.is_Integer, int(size) if size.is_Integer else 0, -dot.attr[0]  # pyright: ignore
-
-    def _factors(self, dot: Node) -> tuple[list, list] | None:
-        """The chains of queries and keys, if one factor of `dot` reads the keys' axis and the other the queries'."""
-        _, a, a_index, b, b_index, _ = dot.attr  # pyright: ignore
-        chains = chain_of(self.d, self.shadow.values[a], a_index), chain_of(self.d, self.shadow.values[b], b_index)
-        # what a factor really reads is at the end of its chain: a product reads copies expanded over other axes
-        first, second = ({axis for e in chain[-1][1] for axis in self.axes.of(e)} for chain in chains)
-        if any(axis in first and axis in second for axis in (self.key, self.query)):
-            return None
-        if any(self.axes.sizes[axis] != 1 and axis not in first | second for axis in (self.key, self.query)):
-            return None
-        if {self.key, self.query} <= first or {self.key, self.query} <= second:
-            return None
-        return chains[::-1] if self.key in first or self.query in second else chains

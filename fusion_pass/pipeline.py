@@ -109,7 +109,7 @@ class _Run:
 
     def run(self, may_open: bool) -> tuple[list[Site], torch.fx.Graph | None, dict[str, Verdict]]:
         """The sites; or a copy of the graph from before composite calls were opened; and the calls that were refused."""
-        anchors = find_anchors(self.shadow)
+        anchors = [a for a in find_anchors(self.shadow) if a.first is None or self._is_another(a)]
         if may_open:
             composite = self._composites(anchors)
             if composite:
@@ -118,7 +118,6 @@ class _Run:
                     inline(self.gm, self.shadow, node)
                 self.gm.recompile()
                 return [], backup, {}
-        anchors = [a for a in anchors if a.first is None or self._is_another(a)]
         sites = self._together([self._prepared(self.first + i, anchor) for i, anchor in enumerate(anchors)])
         self.splicer.finish()
         opened = [(a.record.node.meta.get(OPENED), s.verdict) for a, s in zip(anchors, sites, strict=True)]
@@ -153,9 +152,11 @@ class _Run:
     def _is_another(self, anchor: Anchor) -> bool:
         """Whether a softmax that is attention is so with this product as well; else it is its reader, like any other."""
         try:
-            return self._match(anchor.first or anchor) is not None and self._match(anchor) is not None
+            self._match(anchor.first or anchor)
+            self._match(anchor)
         except Refused:
             return False
+        return True
 
     def _together(self, prepared: list[tuple[Site, Splice | None]]) -> list[Site]:
         """The sites with the last word on them: those stay that share what they make with each other alone."""
