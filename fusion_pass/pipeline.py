@@ -109,7 +109,8 @@ class _Run:
 
     def run(self, may_open: bool) -> tuple[list[Site], torch.fx.Graph | None, dict[str, Verdict]]:
         """The sites; or a copy of the graph from before composite calls were opened; and the calls that were refused."""
-        anchors = [a for a in find_anchors(self.shadow) if a.first is None or self._is_another(a)]
+        anchors = [a for a in find_anchors(self.shadow) if a.product.node in self.splicer.live]
+        anchors = [a for a in anchors if a.first is None or self._is_another(a)]
         if may_open:
             composite = self._composites(anchors)
             if composite:

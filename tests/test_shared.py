@@ -112,6 +112,45 @@ def two_ways_in_place(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = ""
     return scores.softmax(-1) @ v, back, *extra(edit, written=scores, unwritten=unwritten)
 
 
+@shared(3, first=(PROBABILITIES, SCORES, SCORES), last=(SCORES, SCORES, PROBABILITIES), view=(SCORES, Reason.MUTATION))
+def masked_in_place_between(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, ...]:
+    """One tensor that holds other scores for each softmax; a write through a view of it is none that can be read back."""
+    scores = scores_of(q, k)
+    first = scores.softmax(-1)
+    if edit == "view":
+        scores[..., 0].fill_(0.5)
+        return first @ v, scores.softmax(-1) @ w
+    scores.masked_fill_(torch.arange(k.shape[2]) > 9, -1e9)
+    second = scores.softmax(-1) @ w
+    scores.mul_(2)
+    last = scores.softmax(-1)
+    return first @ v, second, last @ v, *extra(edit, first=first, last=last)
+
+
+@shared(2, shares=(SCORES, SCORES))
+def one_without_gradients(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, ...]:
+    scores = scores_of(q, k)
+    first = scores.softmax(-1) @ v
+    with torch.no_grad():
+        return first, (scores * 2).softmax(-1) @ w, *extra(edit, shares=scores.sum(-1))
+
+
+@shared(3, scores=(SCORES, SCORES, SCORES), columns=(SCORES, PROBABILITIES))
+def with_and_without_a_sink(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, ...]:
+    scores = scores_of(q, k)
+    plain = scores.softmax(-1) @ v
+    p = torch.cat([scores, q.new_zeros(*scores.shape[:3], 1)], -1).softmax(-1)[..., :-1]
+    return plain, p @ w, p @ (v + 1) if edit != "columns" else p, *extra(edit, scores=scores)
+
+
+@shared(3, masked=(SCORES, SCORES, SCORES))
+def under_autocast(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, ...]:
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = scores_of(q, k)
+        p, masked = scores.softmax(-1), window(scores, 4)
+        return p @ v, p @ w, masked.softmax(-1) @ v, *extra(edit, masked=masked)
+
+
 @shared(2, raw=(SCORES, SCORES), half=(SCORES, None), other=(None, SCORES))
 def one_product_two_scales(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, ...]:
     """With one of two edits, what is returned is made from the operands again, and is of one site alone."""
@@ -275,6 +314,28 @@ def test_without_gradients() -> None:
 
 def two_ways_row() -> Row:
     return next(r for r in ROWS if r.fn is two_ways)
+
+
+def test_what_nothing_needs_is_no_reader() -> None:
+    def unused(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> Tensor:
+        p = scores_of(q, k).softmax(-1)
+        p @ w, p.sum(-1)  # pyright: ignore[reportUnusedExpression]
+        return p @ v
+
+    inputs, recorder = ROWS[0].inputs(63, 129), Recorder("eager")
+    got = run(compiled(unused, recorder), inputs)
+    assert_fused(fusion_pass.last_report(), recorder, 1)
+    assert_rule(got, run(unused, inputs), exactly(unused, inputs))
+
+
+@pytest.mark.parametrize("fn", [two_ways, products_and_scores, each_added_to_the_other], ids=lambda f: f.__name__)
+def test_through_inductor(fn: Callable[..., Any]) -> None:
+    row = next(r for r in ROWS if r.fn is fn)
+    inputs = row.inputs(63, 129)
+    torch._dynamo.reset()
+    call = torch.compile(fn, backend=fusion_pass.make_backend(when="always"), fullgraph=True)
+    assert_rule(run(call, inputs), run(fn, inputs), exactly(fn, inputs))
+    assert len(fusion_pass.last_report().fused) == row.sites, sites_text(fusion_pass.last_report())
 
 
 def test_a_refusal_names_the_reader() -> None:
