@@ -10,7 +10,7 @@ only?  can the factors be viewed as (batch, heads, length, head dim)?
 # pyright: reportAttributeAccessIssue=false, reportOptionalOperand=false
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -58,35 +58,44 @@ class Match:
     sink: Node | None = None  # a score without a key, over the axes of the rows (`sinks`)
     end: int = 0  # the number of the call in whose place the op stands: the product with the values, or a gate on it
     walked: set[Value] = field(default_factory=set)  # what lies between the factors and the output
+    products: set[int] = field(default_factory=set)  # numbers of the calls whose product may be `dot`
+
+    @property
+    def product(self) -> int:
+        """The number of the call that makes `dot`."""
+        return self.dot.attr[0]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript, reportReturnType]
 
     @property
     def dropout_p(self) -> float:
         return self.draw.p if self.draw is not None else 0.0
 
 
-def match(shadow: Shadow, anchor: Anchor) -> Match:
+def match(shadow: Shadow, anchor: Anchor, prefer: Collection[int] = ()) -> Match:
     """Describe the site of `anchor`.
+
+    Args:
+        prefer: which of several products under the softmax are to be computed, rather than loaded (see `products`).
 
     Raises:
         Refused: it is no attention, or not one that can be described exactly.
     """
     with suppress(Refused):
-        return _split(shadow, anchor, gated=True)
+        return _split(shadow, anchor, prefer, gated=True)
     try:
-        return _split(shadow, anchor)
+        return _split(shadow, anchor, prefer)
     except Refused as refusal:
         if refusal.reason not in (Reason.NO_SCORES, Reason.PROBABILITIES_EDITED):
             raise
         for record in _products_of_one(shadow, anchor):
             with suppress(Refused):
-                return _split(shadow, anchor, record)
+                return _split(shadow, anchor, prefer, record)
         raise
 
 
-def _split(shadow: Shadow, anchor: Anchor, one: Record | None = None, gated: bool = False) -> Match:
+def _split(shadow: Shadow, anchor: Anchor, prefer: Collection[int], one: Record | None = None, gated: bool = False) -> Match:
     splits: dict[str, list[sympy.Expr]] = {}
     for _ in range(4):  # each round may find that a merged batch axis has to be split further
-        result = _Matcher(shadow, anchor, splits, one, gated).run()
+        result = _Matcher(shadow, anchor, splits, one, gated).run(prefer)
         if isinstance(result, Match):
             return result
         splits = result
@@ -127,7 +136,7 @@ class _Matcher:
         self.axes = Axes()
         self.d = Describer(shadow, self.axes, anchor.product.grad, one)
 
-    def run(self) -> Match | dict[str, list[sympy.Expr]]:
+    def run(self, prefer: Collection[int]) -> Match | dict[str, list[sympy.Expr]]:
         product, side = self.anchor.product, self.anchor.side
         if product.op not in ("bmm.default", "mm.default"):
             raise Refused(Reason.NO_VALUES, f"{product.op} adds to the product with the values", "a plain product")
@@ -159,7 +168,7 @@ class _Matcher:
         node, draw = find_softmax(self.d, self.anchor, self.d.element(probabilities, at), key)
         self.key, _, zero_rows, inf_rows = node.attr  # pyright: ignore
         body = node.args[0]
-        products = products_under(self.d, body, self.query, self.key)
+        products = products_under(self.d, body, self.query, self.key, prefer)
         sink = node.args[1] if len(node.args) > 1 else None
         if gate is not None:
             sink = sink_of(self.d, gate, [p[0] for p in places], body, self.key) if sink is None and not zero_rows else None
@@ -208,6 +217,7 @@ class _Matcher:
             sink,
             product.seq if gate is None else gate.record.seq,
             walked,
+            {p.seq for p in products},
         )
 
     # ------------------------------------------------------------ axes

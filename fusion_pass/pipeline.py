@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -111,6 +112,7 @@ class _Run:
         """The sites; or a copy of the graph from before composite calls were opened; and the calls that were refused."""
         anchors = [a for a in find_anchors(self.shadow) if a.product.node in self.splicer.live]
         anchors = [a for a in anchors if a.first is None or self._is_another(a)]
+        self._agree(anchors)
         if may_open:
             composite = self._composites(anchors)
             if composite:
@@ -158,6 +160,19 @@ class _Run:
         except Refused:
             return False
         return True
+
+    def _agree(self, anchors: list[Anchor]) -> None:
+        """Let sites with several products compute those that others compute: who has no choice goes first."""
+        found: list[tuple[Anchor, Match]] = []
+        for anchor in anchors:
+            if anchor.product.node.name not in self.closed:
+                with suppress(Exception):  # `_prepared` says what is wrong
+                    found.append((anchor, self._match(anchor)))
+        computed: set[int] = set()
+        for anchor, chosen in sorted(found, key=lambda f: len(f[1].products)):
+            if chosen.product not in computed and chosen.products & computed:
+                self.matches[anchor] = chosen = match(self.shadow, anchor, computed)
+            computed.add(chosen.product)
 
     def _together(self, prepared: list[tuple[Site, Splice | None]]) -> list[Site]:
         """The sites with the last word on them: those stay that share what they make with each other alone."""

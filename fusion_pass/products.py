@@ -1,14 +1,16 @@
 """The product of queries and keys under a softmax: which products may be it, and which of several is.
 
 Of several the op computes one and loads the others.  Any choice is right.  The one that varies over the most axes is the dearest
-to store, then the one with the longest head dim the dearest to make twice.  Of equals it is the first that was made: sites that
-add the same products in other orders choose alike, so that none of them loads what another one computes.
+to store.  Of equals it is the last that was made: sites that add the same products in other orders choose alike, and what many
+layers add to a product of their own was made before it, and is stored once.  A product that another site computes, because it has
+no other, is to be preferred to all: were it loaded, it would have to be stored, and that site be left alone (see `together`).
 """
 
 # sympy is not typed
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOptionalSubscript=false
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import sympy
@@ -31,9 +33,19 @@ class Product:
     q_chain: Chain
     k_chain: Chain
 
+    @property
+    def seq(self) -> int:
+        """The number of the call that makes it."""
+        return self.dot.attr[0]
 
-def products_under(d: Describer, body: Node, query: sympy.Symbol, key: sympy.Symbol) -> list[Product]:
+
+def products_under(
+    d: Describer, body: Node, query: sympy.Symbol, key: sympy.Symbol, prefer: Collection[int] = ()
+) -> list[Product]:
     """The products of queries and keys in the score `body`, the one to compute first.
+
+    Args:
+        prefer: numbers of calls that make products which are better computed than loaded.
 
     Raises:
         Refused: (NO_SCORES, MUTATION) there is none.
@@ -41,7 +53,7 @@ def products_under(d: Describer, body: Node, query: sympy.Symbol, key: sympy.Sym
     dots = (node for node in postorder(body) if node.op == "dot")
     found = [p for p in (_product(d, node, query, key) for node in dots) if p is not None]
     if found:
-        return sorted(found, key=lambda p: _cost(d, p), reverse=True)
+        return sorted(found, key=lambda p: _rank(d, p, prefer), reverse=True)
     if written(d, body):
         seen = "the scores are written through a view of them"
         raise Refused(Reason.MUTATION, seen, "in-place operations on the whole tensor")
@@ -64,10 +76,9 @@ def _product(d: Describer, dot: Node, query: sympy.Symbol, key: sympy.Symbol) ->
     return Product(dot, q_chain, k_chain)
 
 
-def _cost(d: Describer, product: Product) -> tuple[int, bool, sympy.Expr | int, int]:
-    """The axes that a product varies over; whether the op takes its head dim, and that; how early it was made."""
+def _rank(d: Describer, product: Product, prefer: Collection[int]) -> tuple[bool, bool, int, int]:
+    """Whether the op takes a product of this head dim; is it preferred; the axes that it varies over; when it was made."""
     ends = (product.q_chain[-1][1], product.k_chain[-1][1])
     read = {axis for index in ends for e in index for axis in d.axes.of(e) if d.axes.sizes[axis] != 1}
     size = d.axes.sizes[product.dot.attr[5]]
-    length = int(size) if size.is_Integer else 0
-    return len(read), length <= MAX_HEAD_DIM, length, -product.dot.attr[0]
+    return not size.is_Integer or int(size) <= MAX_HEAD_DIM, product.seq in prefer, len(read), product.seq

@@ -69,11 +69,10 @@ def _of_one_mask(splices: Sequence[Splice]) -> dict[Splice, Refused]:
 def _made(shadow: Shadow, splice: Splice) -> list[tuple[Value, Reason]]:
     """What the site makes and does not store once it is fused, the last first."""
     match = splice.match
-    product, softmax = match.dot.attr[0], match.anchor.record.seq  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
-    scored = match.walked & shadow.made_from(product, match.end)
+    scored = match.walked & shadow.made_from(match.product, match.end)
     made = {v: v.record.seq for v in scored if v.record is not None and v.record.seq < match.end}
     reason = {True: Reason.PROBABILITIES_USED, False: Reason.SCORES_USED}
-    return [(v, reason[made[v] >= softmax]) for v in sorted(made, key=lambda v: -made[v])]
+    return [(v, reason[made[v] >= match.anchor.record.seq]) for v in sorted(made, key=lambda v: -made[v])]
 
 
 def _masks(shadow: Shadow, splice: Splice, staying: Collection[Node]) -> Iterator[tuple[Value, Reason]]:
@@ -81,7 +80,7 @@ def _masks(shadow: Shadow, splice: Splice, staying: Collection[Node]) -> Iterato
     match = splice.match
     if match.bits is None:
         return
-    scored = shadow.made_from(match.dot.attr[0], match.end)  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
+    scored = shadow.made_from(match.product, match.end)
     drawn = shadow.made_from(match.bits.record.seq, match.end, staying)
     yield from ((v, Reason.DROPOUT) for v in sorted(drawn - scored, key=lambda v: -v.seq))
 

@@ -161,13 +161,33 @@ def one_product_two_scales(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str
     return half.softmax(-1) @ v, other.softmax(-1) @ w, *extra(edit, raw=raw, half=half, other=other)
 
 
-@shared(2, stored=True, content=(SCORES, SCORES), total=(SCORES, SCORES), position=(None, None), no_values=(SCORES,))
+@shared(2, stored=True, content=(None, None), total=(SCORES, SCORES), position=(SCORES, SCORES), no_values=(SCORES,))
 def each_added_to_the_other(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, ...]:
-    """LiLT: the sum of two products, in both orders. The op makes the longer one and reads the other, which may be returned."""
+    """LiLT: the sum of two products, in both orders. Both ops make the later one and read the other, which may be returned."""
     content, position = q @ k.mT * 0.25, q[..., :4] @ k[..., :4].mT / 3
     total, p = content + position, (position + content).softmax(-1)
     second = p.sum(-2) if edit == "no_values" else p @ w
     return total.softmax(-1) @ v, second, *extra(edit, content=content, total=total, position=position)
+
+
+@shared(2, stored=True, content=(None, None), position=(SCORES, SCORES), both=(SCORES, SCORES), alone=(SCORES, SCORES))
+def one_added_detached(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, ...]:
+    """LiLT while it is trained: the second site cannot make what it has no gradient to, so the first leaves that to be stored."""
+    position = q[..., :4] @ k[..., :4].mT / 3
+    content = q @ k.mT * 0.25
+    first = content + (position.detach() if edit == "both" else position)
+    second = content if edit == "alone" else content.detach() + position
+    alone = content.abs().sum(-1)
+    return first.softmax(-1) @ v, second.softmax(-1) @ w, *extra(edit, position=position, content=content, alone=alone)
+
+
+@shared(2, stored=True, bias=(None, None), later=(None, SCORES))
+def a_bias_for_two_layers(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, ...]:
+    """A product of positions, stored once; each layer makes its own."""
+    bias = q[..., ::2] @ k[..., ::2].mT * 0.2
+    first = (q @ k.mT * 0.25 + bias).softmax(-1) @ v
+    later = bias + q @ (k * 0.5).mT
+    return first, later.softmax(-1) @ w, *extra(edit, bias=bias, later=later)
 
 
 @shared(3, scores=(SCORES, None, SCORES))
@@ -336,6 +356,32 @@ def test_through_inductor(fn: Callable[..., Any]) -> None:
     call = torch.compile(fn, backend=fusion_pass.make_backend(when="always"), fullgraph=True)
     assert_rule(run(call, inputs), run(fn, inputs), exactly(fn, inputs))
     assert len(fusion_pass.last_report().fused) == row.sites, sites_text(fusion_pass.last_report())
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_the_product_that_is_computed(swapped: bool) -> None:
+    """Of two, the one whose head dim the op takes; else the one that varies over more axes, for the other is smaller."""
+
+    def long(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> Tensor:
+        a, b = q.repeat(1, 1, 1, 17) @ k.repeat(1, 1, 1, 17).mT * 0.01, q @ k.mT * 0.25
+        return (b + a if swapped else a + b).softmax(-1) @ v
+
+    def without_batch(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> Tensor:
+        if swapped:
+            b, a = q @ k.mT * 0.25, q[:1] @ k[:1].mT
+        else:
+            a, b = q[:1] @ k[:1].mT, q @ k.mT * 0.25
+        return (b + a if swapped else a + b).softmax(-1) @ v
+
+    inputs = ROWS[0].inputs(63, 17)
+    for fn, wanted in ((long, (2, 3, 63, 17)), (without_batch, (1, 3, 63, 17))):
+        recorder = Recorder("eager")
+        got = run(compiled(fn, recorder), inputs)
+        assert_fused(fusion_pass.last_report(), recorder, 1)
+        assert_rule(got, run(fn, inputs), exactly(fn, inputs))
+        site = fusion_pass.last_report().fused[0].attention
+        assert site is not None and site.q.shape == (2, 3, 63, 16)
+        assert [capture.shape for capture in site.captures] == [wanted]
 
 
 def test_a_refusal_names_the_reader() -> None:
