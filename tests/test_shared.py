@@ -1,4 +1,4 @@
-"""What several attentions share: scores, probabilities, dropout masks. All of them fuse, or none.
+"""What several attentions share: scores and probabilities (masks: test_shared_masks.py). All of them fuse, or none.
 
 Each row of the table is one body. As it stands it fuses whole; with one of its edits something outside needs what is shared, and
 the graph is handed on unchanged.
@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from checks import Recorder, Watch, assert_fused, assert_rule, compile_always, exactly, run, sites_text
-from dropped import assert_rate, kept
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -37,9 +34,14 @@ class Row:
         return self.fn.__name__
 
     def inputs(self, n: int, m: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(n + m)
-        shapes = (2, 3, n, 16), (2, 3, m, 16), (2, 3, m, 16), (2, 3, n if self.ways else m, 24)
-        return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
+        return operands(n, m, dtype, self.ways)
+
+
+def operands(n: int, m: int, dtype: torch.dtype = torch.float32, ways: bool = False) -> list[Tensor]:
+    """q (2, 3, n, 16), k and v (2, 3, m, 16), and w (2, 3, m, 24), or (2, 3, n, 24) for attention both ways."""
+    generator = torch.Generator().manual_seed(n + m)
+    shapes = (2, 3, n, 16), (2, 3, m, 16), (2, 3, m, 16), (2, 3, n if ways else m, 24)
+    return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
 
 
 ROWS: list[Row] = []
@@ -317,7 +319,7 @@ def test_or_none(row: Row, edit: str) -> None:
 
 def test_each_part_of_the_gradient() -> None:
     """A loss of one product alone has the gradient of that product: the others add nothing."""
-    inputs = ROWS[0].inputs(63, 129)  # of (2, 3, n, 16), (2, 3, m, 16), (2, 3, m, 16), (2, 3, m, 24)
+    inputs = operands(63, 129)
     for fn in (two_masks, two_products):
         for i in (0, 1):
             part = lambda *x, fn=fn, i=i: fn(*x)[i]
@@ -326,14 +328,10 @@ def test_each_part_of_the_gradient() -> None:
 
 
 def test_without_gradients() -> None:
-    inputs, recorder = [x.detach() for x in two_ways_row().inputs(63, 129)], Recorder("eager")
+    inputs, recorder = [x.detach() for x in operands(63, 129, ways=True)], Recorder("eager")
     got = run(compiled(two_ways, recorder), inputs)
     assert_fused(fusion_pass.last_report(), recorder, 2)
     assert_rule(got, run(two_ways, inputs), exactly(two_ways, inputs))
-
-
-def two_ways_row() -> Row:
-    return next(r for r in ROWS if r.fn is two_ways)
 
 
 def test_what_nothing_needs_is_no_reader() -> None:
@@ -342,7 +340,7 @@ def test_what_nothing_needs_is_no_reader() -> None:
         p @ w, p.sum(-1)  # pyright: ignore[reportUnusedExpression]
         return p @ v
 
-    inputs, recorder = ROWS[0].inputs(63, 129), Recorder("eager")
+    inputs, recorder = operands(63, 129), Recorder("eager")
     got = run(compiled(unused, recorder), inputs)
     assert_fused(fusion_pass.last_report(), recorder, 1)
     assert_rule(got, run(unused, inputs), exactly(unused, inputs))
@@ -373,7 +371,7 @@ def test_the_product_that_is_computed(swapped: bool) -> None:
             a, b = q[:1] @ k[:1].mT, q @ k.mT * 0.25
         return (b + a if swapped else a + b).softmax(-1) @ v
 
-    inputs = ROWS[0].inputs(63, 17)
+    inputs = operands(63, 17)
     for fn, wanted in ((long, (2, 3, 63, 17)), (without_batch, (1, 3, 63, 17))):
         recorder = Recorder("eager")
         got = run(compiled(fn, recorder), inputs)
@@ -385,179 +383,15 @@ def test_the_product_that_is_computed(swapped: bool) -> None:
 
 
 def test_a_refusal_names_the_reader() -> None:
-    compiled(products_and_scores, Recorder("eager"), "probabilities")(*ROWS[0].inputs(17, 63))
+    compiled(products_and_scores, Recorder("eager"), "probabilities")(*operands(17, 63))
     seen = [site.verdict.seen for site in fusion_pass.last_report().sites]
     assert seen[0] == seen[1] == "the graph returns them" and seen[2].endswith(" reads them"), seen
 
 
 def test_shared_scores_are_counted_once() -> None:
     """Eager keeps the scores for both; what a forward no longer stores is the scores once, and both probabilities."""
-    compiled(one_product_two_scales, Recorder("eager"))(*ROWS[0].inputs(63, 129))
+    compiled(one_product_two_scales, Recorder("eager"))(*operands(63, 129))
     first, second = (site.attention for site in fusion_pass.last_report().sites)
     assert first is not None and second is not None
     size = 2 * 3 * 63 * 129 * 4
     assert (first.bytes_saved, second.bytes_saved) == (3 * size, 2 * size)  # q k^T, its multiple, its softmax
-
-
-# ---------------------------------------------------------------- dropout
-
-P = 0.25
-
-
-def dropped(p: Tensor) -> Tensor:
-    return F.dropout(p, P)
-
-
-def noise_like(p: Tensor) -> Tensor:
-    return torch.empty_like(p).bernoulli_(1 - P).div_(1 - P)
-
-
-def one_mask(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, ...]:
-    p = dropped(scores_of(q, k).softmax(-1))
-    second = p.mT.contiguous().mT if edit == "copied" else p
-    return p @ v, second @ w, *extra(edit, probabilities=p)
-
-
-def one_mask_by_hand(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, ...]:
-    """The second product is asked for first, and is the one that the graph makes first."""
-    p = scores_of(q, k).softmax(-1)
-    noise = noise_like(p)
-    second = (p * noise) @ w
-    return (noise * p) @ v, second, *extra(edit, mask=noise, kept=noise > 0)
-
-
-def one_mask_for_two_softmaxes(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, ...]:
-    scores = scores_of(q, k)
-    first, second = scores.softmax(-1), (scores * 2).softmax(-1)
-    noise = F.dropout(torch.ones_like(first), P)
-    other = noise.flip(0) if edit == "flipped" else noise[:, :1] if edit == "one head" else noise
-    second = second * other
-    if edit == "edited":
-        second = second.cumsum(-1)
-    return (first * noise) @ v, second @ w, *extra(edit, mask=noise)
-
-
-def in_a_chain(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> list[Tensor]:
-    """Each attention shares its mask with one neighbour and its scores with the other."""
-    scores = [q @ k.mT * i for i in (0.5, 0.25, 1.0, 2.0)]
-    outs = [scores[0 if edit == "first" else -1].clone()] if edit else []
-    for first, second in pairwise(scores):
-        noise = noise_like(first)
-        outs += [(first.softmax(-1) * noise) @ v, (second.softmax(-1) * noise) @ w]
-    return outs
-
-
-def two_masks_of_one_softmax(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, ...]:
-    p = scores_of(q, k).softmax(-1)
-    return dropped(p) @ v, dropped(p) @ w
-
-
-def one_of_two_is_dropped(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, ...]:
-    p = scores_of(q, k).softmax(-1)
-    return dropped(p) @ v, p @ w
-
-
-def under(keeps: tuple[Tensor, Tensor], second_scale: float = 1.0) -> Callable[..., Any]:
-    """Two eager attentions that keep what they are told."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        scores = scores_of(q, k)
-        first, second = scores.softmax(-1), (scores * second_scale).softmax(-1)
-        first, second = (p * keep.to(p.dtype) / rate(keep) for p, keep in zip((first, second), keeps, strict=True))
-        return first @ v, second @ w
-
-    return attend
-
-
-def rate(keep: Tensor) -> float:
-    return 1.0 if bool(keep.all()) else 1 - P
-
-
-@pytest.mark.parametrize("sizes", [(129, 63), (63, 197), (1, 197)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("fn", [one_mask, one_mask_by_hand, one_mask_for_two_softmaxes], ids=lambda f: f.__name__)
-def test_one_mask(fn: Callable[..., Any], dtype: torch.dtype, sizes: tuple[int, int]) -> None:
-    """Both keep the same probabilities, at the wanted rate; and under that mask the rule holds for values and gradients."""
-    first, second = check_masks(fn, sizes, dtype, 2.0 if fn is one_mask_for_two_softmaxes else 1.0)
-    assert torch.equal(first, second)
-    assert_rate(first, P, causal=False)
-
-
-def test_a_chain_fuses_whole() -> None:
-    recorder = Recorder("eager")
-    run(compiled(in_a_chain, recorder), ROWS[0].inputs(63, 17))
-    assert_fused(fusion_pass.last_report(), recorder, 6)
-    seeds = [n for gm in recorder.graphs for n in gm.graph.nodes if n.target is torch.randint]
-    assert [len(n.users) for n in seeds] == [2, 2, 2]
-
-
-def test_two_masks() -> None:
-    first, second = check_masks(two_masks_of_one_softmax, (129, 63), torch.float32)
-    both = torch.corrcoef(torch.stack([first.flatten(), second.flatten()]).double())[0, 1]
-    assert abs(float(both)) < 5 / first.numel() ** 0.5
-    for keep in (first, second):
-        assert_rate(keep, P, causal=False)
-
-
-def test_one_of_two_is_dropped() -> None:
-    first, second = check_masks(one_of_two_is_dropped, (129, 63), torch.float32)
-    assert_rate(first, P, causal=False)
-    assert bool(second.all())
-
-
-def check_masks(fn: Callable[..., Any], sizes: tuple[int, int], dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The masks of both attentions of `fn`, which have to fuse."""
-    inputs, recorder = ROWS[0].inputs(*sizes, dtype), Recorder("aot_eager")
-    call = compiled(fn, recorder, dynamic=False)
-    q, k, v, w = inputs
-    first = kept(lambda q, k, v: call(q, k, v, w)[0], q, k, v, 1)
-    second = kept(lambda q, k, w: call(q, k, v, w)[1], q, k, w, 1)
-    assert_fused(fusion_pass.last_report(), recorder, 2)
-    other = kept(lambda q, k, v: call(q, k, v, w)[0], q, k, v, 2)
-    assert not torch.equal(first, other), "another seed gives the same mask"
-
-    def seeded(*x: Tensor) -> Any:
-        torch.manual_seed(1)
-        return call(*x)
-
-    eager = under((first, second), scale)
-    assert_rule(run(seeded, inputs), run(eager, inputs), exactly(eager, inputs))
-    return first, second
-
-
-DROPPED = [
-    (one_mask, "probabilities", (PROBABILITIES, PROBABILITIES)),
-    (one_mask_by_hand, "mask", (DROPOUT, DROPOUT)),
-    (one_mask_by_hand, "kept", (DROPOUT, DROPOUT)),
-    (one_mask_for_two_softmaxes, "mask", (DROPOUT, DROPOUT)),
-    (one_mask_for_two_softmaxes, "flipped", (DROPOUT, DROPOUT)),
-    (one_mask_for_two_softmaxes, "one head", (DROPOUT, DROPOUT)),
-    (one_mask_for_two_softmaxes, "edited", (DROPOUT, Reason.PROBABILITIES_EDITED)),
-    (in_a_chain, "first", (SCORES, DROPOUT, SCORES, DROPOUT, SCORES, DROPOUT)),
-    (in_a_chain, "last", (DROPOUT, SCORES, DROPOUT, SCORES, DROPOUT, SCORES)),
-]
-
-
-@pytest.mark.parametrize(
-    ("fn", "edit", "reasons"), DROPPED, ids=lambda x: getattr(x, "__name__", x if isinstance(x, str) else "")
-)
-def test_a_mask_that_is_not_shared_alike(fn: Callable[..., Any], edit: str, reasons: tuple[Reason, ...]) -> None:
-    """Refused, and bit for bit what eager draws."""
-    inputs, recorder = ROWS[0].inputs(63, 17), Recorder("eager")
-    call = compiled(fn, recorder, edit)
-    results = []
-    for f in (call, lambda *x: fn(*x, edit=edit)):
-        torch.manual_seed(3)
-        results.append(run(f, inputs))
-    report = fusion_pass.last_report()
-    assert [site.verdict.reason for site in report.sites] == list(reasons), sites_text(report)
-    for (name, x), (_, y) in zip(*(r.named() for r in results), strict=True):
-        assert x is not None and y is not None and torch.equal(x, y), f"{name} differs from eager"
-
-
-def test_a_copy_of_what_was_dropped_has_its_mask() -> None:
-    recorder = Recorder("eager")
-    compiled(one_mask, recorder, "copied")(*ROWS[0].inputs(63, 17))
-    assert_fused(fusion_pass.last_report(), recorder, 2)
-    seeds = [n for gm in recorder.graphs for n in gm.graph.nodes if n.target is torch.randint]
-    assert len(seeds) == 1 and len(seeds[0].users) == 2
