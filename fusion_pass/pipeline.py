@@ -110,7 +110,7 @@ class _Run:
 
     def run(self, may_open: bool) -> tuple[list[Site], torch.fx.Graph | None, dict[str, Verdict]]:
         """The sites; or a copy of the graph from before composite calls were opened; and the calls that were refused."""
-        anchors = [a for a in find_anchors(self.shadow) if a.product.node in self.splicer.live]
+        anchors = self._needed(find_anchors(self.shadow))
         anchors = [a for a in anchors if a.first is None or self._is_another(a)]
         self._agree(anchors)
         if may_open:
@@ -151,6 +151,12 @@ class _Run:
         if isinstance(found, Refused):
             raise found
         return found
+
+    def _needed(self, anchors: list[Anchor]) -> list[Anchor]:
+        """Without products that nothing needs, of a softmax that has one that something does."""
+        live = {a for a in anchors if a.product.node in self.splicer.live}
+        softmaxes = {a.record for a in live}
+        return [a for a in anchors if a in live or a.record not in softmaxes]
 
     def _is_another(self, anchor: Anchor) -> bool:
         """Whether a softmax that is attention is so with this product as well; else it is its reader, like any other."""
