@@ -188,6 +188,7 @@ class _Run:
         except Exception:
             for splice in splices:
                 self.splicer.withdraw(splice)
+            self.splicer.finish()
             raise
         sites: list[Site] = []
         for site, splice in prepared:

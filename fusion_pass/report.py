@@ -41,7 +41,7 @@ class Report:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Every softmax that was looked at, fused or not, in order."""
+        """Every softmax that was looked at, fused or not, in order; one for each product of its probabilities with values."""
         return tuple(site for entry in self.graphs for site in entry.sites)
 
     @property
