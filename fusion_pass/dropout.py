@@ -97,7 +97,12 @@ def own_bits(d: Describer, draw: Draw, heads: Sequence[sympy.Symbol], query: sym
     wanted = {*heads, *(a for a in (query, key) if d.axes.sizes[a] != 1)}
     read = {a for e in draw.index for a in d.axes.of(e)}
     if wanted <= read and not any(e.has(Div, Mod) for e in draw.index):
-        names = {a: sympy.Symbol(name) for a, name in ((query, "q"), (key, "k"), *((a, f"h{i}") for i, a in enumerate(heads)))}
+        names: dict[sympy.Symbol, sympy.Expr] = {a: sympy.S.Zero for a in read if d.axes.sizes[a] == 1}
+        names |= {
+            a: sympy.Symbol(name)
+            for a, name in ((query, "q"), (key, "k"), *((a, f"h{i}") for i, a in enumerate(heads)))
+            if a in wanted
+        }
         index = tuple(sympy.expand(sympy.sympify(e).xreplace(names)) for e in draw.index)
         return Bits(draw.p, draw.record, tuple(d.axes.sizes[a] for a in heads), index)
     shape = tuple(map(expr_of, draw.record.outputs[0].shape))

@@ -177,3 +177,15 @@ def test_a_copy_of_what_was_dropped_has_its_mask() -> None:
     assert_fused(fusion_pass.last_report(), recorder, 2)
     seeds = [n for gm in recorder.graphs for n in gm.graph.nodes if n.target is torch.randint]
     assert len(seeds) == 1 and len(seeds[0].users) == 2
+
+
+def test_one_query_of_one_head() -> None:
+    """An index of a dim of one is 0, however each product has come to it."""
+
+    def both(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, Tensor]:
+        p = dropped(scores_of(q, k).softmax(-1))
+        return p @ v, (w.mT @ p.mT).mT
+
+    recorder = Recorder("eager")
+    compiled(both, recorder)(*(x[:1, :1] for x in operands(1, 197)))
+    assert_fused(fusion_pass.last_report(), recorder, 2)
