@@ -9,7 +9,9 @@ product of matrices.  What the calls between them do is for `match` to judge; he
 # pyright: reportAttributeAccessIssue=false, reportOptionalOperand=false
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import sympy
 
@@ -20,6 +22,7 @@ from .tape import Record, Shadow, Value
 __all__ = ["Anchor", "find_anchors", "reaches_product"]
 
 MAX_REACH = 400  # calls between a softmax and its product with values
+MAX_PRODUCTS = 8  # of one softmax that are looked at: a further one reads the probabilities, as anything may
 
 
 @dataclass(frozen=True)
@@ -29,22 +32,26 @@ class Anchor:
     record: Record  # the softmax
     product: Record  # bmm or mm with the probabilities as one factor
     side: int  # 0: probabilities @ values, 1: values^T @ probabilities^T
+    first: Anchor | None = None  # the same softmax with the product that is nearest to it, where this is another one
 
 
 def find_anchors(shadow: Shadow) -> list[Anchor]:
-    """Every softmax whose result, at its full size, reaches a product."""
+    """Every softmax whose result, at its full size, reaches a product; those that reach several, once for each."""
     users = shadow.readers
-    anchors = []
+    anchors, further = [], {}
     for record in shadow.records:
         if not _is_softmax(record):
             continue
         start = record.outputs[0] if record.op.endswith("_softmax.default") else record.args[0]
-        found = reaches_product(users, start)
-        if found is not None:
-            anchors.append(Anchor(record, *found))
+        products = list(islice(_products(users, start), MAX_PRODUCTS))
+        if products:
+            anchors.append(anchor := Anchor(record, *products[0]))
+            further[anchor] = [Anchor(record, *found, anchor) for found in products[1:]]
     anchors.sort(key=lambda a: a.record.op == "logsumexp.default")  # of the scores, beside their softmax
     taken: set[tuple[int, int]] = set()
-    found = [a for a in anchors if (a.product.seq, a.side) not in taken and not taken.add((a.product.seq, a.side))]
+    found: list[Anchor] = []
+    for group in (anchors, [b for a in anchors for b in further[a]]):
+        found += [a for a in group if (a.product.seq, a.side) not in taken and not taken.add((a.product.seq, a.side))]
     return sorted(found, key=lambda a: a.record.seq)
 
 
@@ -61,6 +68,11 @@ def _is_softmax(record: Record) -> bool:
 
 def reaches_product(users: dict[Value, list[Record | Value]], start: Value) -> tuple[Record, int] | None:
     """The first product that reads a value of the size of `start`, or without one of its columns, made from it."""
+    return next(_products(users, start), None)
+
+
+def _products(users: dict[Value, list[Record | Value]], start: Value) -> Iterator[tuple[Record, int]]:
+    """Such products, the nearest first, and the position of the value among their factors."""
     todo, seen = [start], {start}
     while todo and len(seen) < MAX_REACH:
         value = todo.pop(0)
@@ -71,14 +83,12 @@ def reaches_product(users: dict[Value, list[Record | Value]], start: Value) -> t
                 continue
             if record.op in PRODUCTS:
                 first = PRODUCTS[record.op]
-                if value in record.args[first : first + 2]:
-                    return record, record.args[first : first + 2].index(value)
+                yield from ((record, side) for side in (0, 1) if record.args[first + side] is value)
                 continue
             for out in record.outputs:
                 if out not in seen and (same(_size(out), _size(value)) or _shorter_by_one(record, value, out)):
                     seen.add(out)
                     todo.append(out)
-    return None
 
 
 def _size(value: Value) -> sympy.Expr:

@@ -1,8 +1,8 @@
 """Dropout of the probabilities: its spellings, and whether the op may draw the mask in their place.
 
 The op draws one bit for each (b, h, q, k). That is what the code means where each probability has an element of the mask of
-its own, and where nothing else reads the mask: not a second attention, not the caller. Spellings, with keep = 1 - p and n a
-draw:
+its own, and where nothing else reads the mask: not the caller, and no second attention but one that reads each bit where the
+first does, and then has its seed (`Bits`). Spellings, with keep = 1 - p and n a draw:
 
     dropout(x)                            native_dropout, in place or not
     x * dropout(1)                        a mask of its own, made by dropout
@@ -13,7 +13,7 @@ draw:
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOptionalSubscript=false
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -24,7 +24,7 @@ from .indexing import Div, Mod, expr_of
 from .site import Reason, Refused
 from .tape import Record
 
-__all__ = ["Draw", "as_dropout", "check_own_bits"]
+__all__ = ["Bits", "Draw", "as_dropout", "own_bits"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,20 @@ class Draw:
 
     p: float
     record: Record
+    index: tuple[sympy.Expr, ...]
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Which bit of a mask each probability reads; equal ones are the same bit at the same place of the op.
+
+    The op's own bits are a function of (seed, b * H + h, q, k): so is this of `index`, over the axes that are merged to
+    b * H + h, of which `sizes` are the sizes, and over q and k.
+    """
+
+    p: float
+    record: Record
+    sizes: tuple[sympy.Expr, ...]
     index: tuple[sympy.Expr, ...]
 
 
@@ -73,16 +87,24 @@ def _draw(d: Describer, node: Node) -> Draw:
     return Draw(1.0 - rate if node.op == "bernoulli" else rate, record, index)
 
 
-def check_own_bits(d: Describer, draw: Draw, axes: Iterable[sympy.Symbol]) -> None:
-    """Each element over `axes` has to read an element of the mask that no other reads.
+def own_bits(d: Describer, draw: Draw, heads: Sequence[sympy.Symbol], query: sympy.Symbol, key: sympy.Symbol) -> Bits:
+    """The bits that the probabilities read, each one of its own. heads: the axes of the batch and the heads, outermost first.
 
     Raises:
         Refused: (DROPOUT) one bit of the mask is read for several probabilities.
     """
-    wanted = {a for a in axes if d.axes.sizes[a] != 1}
+    heads = [a for a in heads if d.axes.sizes[a] != 1]
+    wanted = {*heads, *(a for a in (query, key) if d.axes.sizes[a] != 1)}
     read = {a for e in draw.index for a in d.axes.of(e)}
     if wanted <= read and not any(e.has(Div, Mod) for e in draw.index):
-        return
+        names: dict[sympy.Symbol, sympy.Expr] = {a: sympy.S.Zero for a in read if d.axes.sizes[a] == 1}
+        names |= {
+            a: sympy.Symbol(name)
+            for a, name in ((query, "q"), (key, "k"), *((a, f"h{i}") for i, a in enumerate(heads)))
+            if a in wanted
+        }
+        index = tuple(sympy.expand(sympy.sympify(e).xreplace(names)) for e in draw.index)
+        return Bits(draw.p, draw.record, tuple(d.axes.sizes[a] for a in heads), index)
     shape = tuple(map(expr_of, draw.record.outputs[0].shape))
     raise Refused(
         Reason.DROPOUT, f"a mask of shape {shape} is shared by several of them", "dropout of every probability by itself"

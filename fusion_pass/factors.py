@@ -21,7 +21,9 @@ from .site import Reason, Refused
 from .tape import Value
 from .views import COPIES
 
-__all__ = ["Factor", "chain_of", "factor"]
+__all__ = ["Chain", "Factor", "chain_of", "factor"]
+
+Chain = list[tuple[Value, Sequence[sympy.Expr]]]  # values on the way down, each with the index at which it is read
 
 
 @dataclass
@@ -35,9 +37,9 @@ class Factor:
     dtype: torch.dtype
 
 
-def chain_of(d: Describer, value: Value, index: Sequence[sympy.Expr]) -> list[tuple[Value, Sequence[sympy.Expr]]]:
+def chain_of(d: Describer, value: Value, index: Sequence[sympy.Expr]) -> Chain:
     """Every value on the way down through views and casts, the factor itself first."""
-    links: list[tuple[Value, Sequence[sympy.Expr]]] = [(value, index)]
+    links: Chain = [(value, index)]
     while True:
         step = d.step(*links[-1])
         if step is None:

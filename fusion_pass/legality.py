@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import sympy
 import torch
 from fusion_kernels import choice
+from fusion_kernels.checking import MAX_HEAD_DIM
 
 from .indexing import expr_of
 from .match import Match
@@ -19,9 +20,8 @@ from .scores import Scores
 from .site import Reason, Refused, overwritten
 from .tape import Shadow, Value
 
-__all__ = ["MAX_HEAD_DIM", "check", "profitable"]
+__all__ = ["check", "profitable"]
 
-MAX_HEAD_DIM = 256
 DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
@@ -104,13 +104,18 @@ def site_device(match: Match) -> torch.device:
     return match.q.value.tensor.device
 
 
-def bytes_saved(match: Match) -> int | None:
-    """Scores and probabilities that eager would keep for the backward, in bytes; None for symbolic sizes."""
+def bytes_saved(match: Match, scores: Scores, counted: set[Value]) -> int | None:
+    """Scores and probabilities that eager would keep for the backward, in bytes; None for symbolic sizes.
+
+    counted: those of sites that share them; they are left out, and what is counted here is put in.
+    """
     b, h, n, _ = match.q.shape
     size = sympy.Mul(b, h, n, match.k.shape[2])
     if not size.is_Integer:
         return None
-    full = [v for v in match.walked if sympy.Mul(*map(expr_of, v.shape)) == size and v.record is not None and not _is_view(v)]
+    full = {v for v in match.walked if sympy.Mul(*map(expr_of, v.shape)) == size and v.record is not None and not _is_view(v)}
+    full -= counted.union(c for c in scores.captures if isinstance(c, Value))
+    counted |= full
     return sum(int(size) * v.dtype.itemsize for v in full)
 
 

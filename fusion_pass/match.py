@@ -10,22 +10,23 @@ only?  can the factors be viewed as (batch, heads, length, head dim)?
 # pyright: reportAttributeAccessIssue=false, reportOptionalOperand=false
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 import sympy
 import torch
-from fusion_kernels.program import SCORE, Node, postorder
+from fusion_kernels.program import SCORE, Node
 
 from .anchors import Anchor
 from .describe import Describer
-from .dropout import Draw, check_own_bits
+from .dropout import Bits, Draw, own_bits
 from .factors import Factor, chain_of, factor
 from .gates import find_gate, sink_of
 from .indexing import Axes, expr_of, same, whole
 from .layout import Step, linear_terms
-from .probabilities import find_softmax, written
+from .probabilities import find_softmax
+from .products import products_under
 from .site import Reason, Refused
 from .tape import Record, Shadow, Value
 from .views import VIEWS, source_index
@@ -51,41 +52,51 @@ class Match:
     k: Factor
     v: Factor
     draw: Draw | None = None
+    bits: Bits | None = None
     zero_rows: bool = False  # torch's safe softmax: a row without a key gives zeros; with a sink, it is the sink's
     inf_rows: bool = False  # a quotient without a shift: a row with +inf is NaN at that key alone
     sink: Node | None = None  # a score without a key, over the axes of the rows (`sinks`)
     weight: Node | None = None  # what is done to the probabilities, over the axes (`probabilities`)
     end: int = 0  # the number of the call in whose place the op stands: the product with the values, or a gate on it
-    walked: set[Value] = field(default_factory=set)  # every value between the factors and the output
+    walked: set[Value] = field(default_factory=set)  # what lies between the factors and the output
+    products: set[int] = field(default_factory=set)  # numbers of the calls whose product may be `dot`
+
+    @property
+    def product(self) -> int:
+        """The number of the call that makes `dot`."""
+        return self.dot.attr[0]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript, reportReturnType]
 
     @property
     def dropout_p(self) -> float:
         return self.draw.p if self.draw is not None else 0.0
 
 
-def match(shadow: Shadow, anchor: Anchor) -> Match:
+def match(shadow: Shadow, anchor: Anchor, prefer: Collection[int] = ()) -> Match:
     """Describe the site of `anchor`.
+
+    Args:
+        prefer: which of several products under the softmax are to be computed, rather than loaded (see `products`).
 
     Raises:
         Refused: it is no attention, or not one that can be described exactly.
     """
     with suppress(Refused):
-        return _split(shadow, anchor, gated=True)
+        return _split(shadow, anchor, prefer, gated=True)
     try:
-        return _split(shadow, anchor)
+        return _split(shadow, anchor, prefer)
     except Refused as refusal:
         if refusal.reason not in (Reason.NO_SCORES, Reason.PROBABILITIES_EDITED):
             raise
         for record in _products_of_one(shadow, anchor):
             with suppress(Refused):
-                return _split(shadow, anchor, record)
+                return _split(shadow, anchor, prefer, record)
         raise
 
 
-def _split(shadow: Shadow, anchor: Anchor, one: Record | None = None, gated: bool = False) -> Match:
+def _split(shadow: Shadow, anchor: Anchor, prefer: Collection[int], one: Record | None = None, gated: bool = False) -> Match:
     splits: dict[str, list[sympy.Expr]] = {}
     for _ in range(4):  # each round may find that a merged batch axis has to be split further
-        result = _Matcher(shadow, anchor, splits, one, gated).run()
+        result = _Matcher(shadow, anchor, splits, one, gated).run(prefer)
         if isinstance(result, Match):
             return result
         splits = result
@@ -126,7 +137,7 @@ class _Matcher:
         self.axes = Axes()
         self.d = Describer(shadow, self.axes, anchor.product.grad, one)
 
-    def run(self) -> Match | dict[str, list[sympy.Expr]]:
+    def run(self, prefer: Collection[int]) -> Match | dict[str, list[sympy.Expr]]:
         product, side = self.anchor.product, self.anchor.side
         if product.op not in ("bmm.default", "mm.default"):
             raise Refused(Reason.NO_VALUES, f"{product.op} adds to the product with the values", "a plain product")
@@ -155,11 +166,12 @@ class _Matcher:
         key = self.axes.new("r", expr_of(product.args[side].shape[-1 - side]))
         lead = tuple(batch_index)
         at = (*lead, row, key) if side == 0 else (*lead, key, row)
-        found = find_softmax(self.d, self.anchor, self.d.element(probabilities, at), key)
-        node, draw = found.softmax, found.draw
+        weighted = find_softmax(self.d, self.anchor, self.d.element(probabilities, at), key)
+        node, draw = weighted.softmax, weighted.draw
         self.key, _, zero_rows, inf_rows = node.attr  # pyright: ignore
-        weight = None if found.weight is SCORE else self.d.substitute(found.weight, {key: self.key})
-        body, dot, q_chain, k_chain = self._score(node.args[0])
+        weight = None if weighted.weight is SCORE else self.d.substitute(weighted.weight, {key: self.key})
+        body = node.args[0]
+        products = products_under(self.d, body, self.query, self.key, prefer)
         sink = node.args[1] if len(node.args) > 1 else None
         if gate is not None:
             sink = sink_of(self.d, gate, [p[0] for p in places], body, self.key) if sink is None and not zero_rows else None
@@ -170,29 +182,30 @@ class _Matcher:
         new_splits = self._new_splits()
         if new_splits:
             return new_splits
-        if draw is not None:
-            check_own_bits(self.d, draw, [*self.batch, self.query, key])
-        inner = dot.attr[5]  # pyright: ignore
-        for depth in (-1, 0):  # keys and values before they are repeated for the heads of a group; else as they are given
-            batch, heads, kv_heads = self._grouping([k_chain[depth], v_chain[depth]])
+        refusals: list[Refused] = []
+        # keys and values before they are repeated for the heads of a group; else as they are given
+        for found, depth in [(p, depth) for p in products for depth in (-1, 0)]:
+            inner = found.dot.attr[5]  # pyright: ignore
+            batch, heads, kv_heads = self._grouping([found.k_chain[depth], v_chain[depth]])
             try:
-                q = factor(self.axes, "queries", q_chain, (batch, heads, [self.query], [inner]))
-                k = factor(self.axes, "keys", k_chain, (batch, kv_heads, [self.key], [inner]))
+                q = factor(self.axes, "queries", found.q_chain, (batch, heads, [self.query], [inner]))
+                k = factor(self.axes, "keys", found.k_chain, (batch, kv_heads, [self.key], [inner]))
                 v = factor(self.axes, "values", v_chain, (batch, kv_heads, [key], [self.dim]))
                 break
-            except Refused:
-                if depth == 0:
-                    raise
+            except Refused as refusal:
+                refusals.append(refusal)
+        else:
+            raise refusals[-1]
+        bits = own_bits(self.d, draw, [*batch, *heads], self.query, key) if draw is not None else None
         out_steps = self._out_steps(output, places, batch, heads, dim_parts)
         walked = self.d.seen | set(chain) | {output, product.outputs[0]}
-        walked |= {link[0] for links in (q_chain, k_chain, v_chain) for link in links}
         return Match(
             self.anchor,
             self.d,
             output,
             out_steps,
             body,
-            dot,
+            found.dot,
             self.key,
             self.query,
             batch,
@@ -201,12 +214,14 @@ class _Matcher:
             k,
             v,
             draw,
+            bits,
             zero_rows,
             inf_rows,
             sink,
             weight,
             product.seq if gate is None else gate.record.seq,
             walked,
+            {p.seq for p in products},
         )
 
     # ------------------------------------------------------------ axes
@@ -312,30 +327,3 @@ class _Matcher:
         if ones or any(len(parts) != 1 for _, parts in places):
             steps.append(("reshape", [expr_of(s) for s in output.shape]))
         return steps
-
-    # ------------------------------------------------------------ the scores
-
-    def _score(self, body: Node) -> tuple[Node, Node, list, list]:
-        """The score with its product of queries and keys; the product; the chains of both its factors."""
-        for node in postorder(body):
-            chains = self._factors(node) if node.op == "dot" else None
-            if chains is not None:
-                return body, node, *chains
-        if written(self.d, body):
-            seen = "the scores are written through a view of them"
-            raise Refused(Reason.MUTATION, seen, "in-place operations on the whole tensor")
-        raise Refused(Reason.NO_SCORES, "the softmax is not over a product of two tensors", "q @ k^T under the softmax")
-
-    def _factors(self, dot: Node) -> tuple[list, list] | None:
-        """The chains of queries and keys, if one factor of `dot` reads the keys' axis and the other the queries'."""
-        _, a, a_index, b, b_index, _ = dot.attr  # pyright: ignore
-        chains = chain_of(self.d, self.shadow.values[a], a_index), chain_of(self.d, self.shadow.values[b], b_index)
-        # what a factor really reads is at the end of its chain: a product reads copies expanded over other axes
-        first, second = ({axis for e in chain[-1][1] for axis in self.axes.of(e)} for chain in chains)
-        if any(axis in first and axis in second for axis in (self.key, self.query)):
-            return None
-        if any(self.axes.sizes[axis] != 1 and axis not in first | second for axis in (self.key, self.query)):
-            return None
-        if {self.key, self.query} <= first or {self.key, self.query} <= second:
-            return None
-        return chains[::-1] if self.key in first or self.query in second else chains

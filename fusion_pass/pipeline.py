@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -23,11 +24,12 @@ from .indexing import same
 from .inline import OPENED, copy_graph, inline
 from .match import Match, match
 from .plain import plain
-from .rewrite import Splicer
+from .rewrite import Splice, Splicer
 from .scores import Number, Scores, scores
 from .shadow import trace
 from .site import AttentionSite, Operand, Reason, Refused, Site, Verdict
 from .tape import Value, meta_value
+from .together import settle
 
 __all__ = ["run_pass"]
 
@@ -76,9 +78,7 @@ def _run_graph(gm: torch.fx.GraphModule, when: str, graph: int, first: int, body
         try:
             sites, opened, refused = _Run(gm, when, graph, first, body, closed).run(may_open=backup is None)
         except Refused as refusal:  # the graph cannot be traced
-            return [
-                Site(first, graph, "", "", "", Verdict(False, reason=refusal.reason, seen=refusal.seen, needed=refusal.needed))
-            ]
+            return [Site(first, graph, "", "", "", _refused(refusal))]
         except Exception as error:
             if config.strict():
                 raise
@@ -105,11 +105,14 @@ class _Run:
         self.gm, self.when, self.graph, self.first, self.closed = gm, when, graph, first, closed
         self.shadow = trace(gm, body)
         self.splicer = Splicer(gm, self.shadow)
-        self.matches: dict[Anchor, Match] = {}
+        self.matches: dict[Anchor, Match | Refused] = {}
+        self.counted: set[Value] = set()  # tensors that some site no longer stores
 
     def run(self, may_open: bool) -> tuple[list[Site], torch.fx.Graph | None, dict[str, Verdict]]:
         """The sites; or a copy of the graph from before composite calls were opened; and the calls that were refused."""
-        anchors = find_anchors(self.shadow)
+        anchors = self._needed(find_anchors(self.shadow))
+        anchors = [a for a in anchors if a.first is None or self._is_another(a)]
+        self._agree(anchors)
         if may_open:
             composite = self._composites(anchors)
             if composite:
@@ -118,7 +121,7 @@ class _Run:
                     inline(self.gm, self.shadow, node)
                 self.gm.recompile()
                 return [], backup, {}
-        sites = [self._site(self.first + i, anchor) for i, anchor in enumerate(anchors)]
+        sites = self._together([self._prepared(self.first + i, anchor) for i, anchor in enumerate(anchors)])
         self.splicer.finish()
         opened = [(a.record.node.meta.get(OPENED), s.verdict) for a, s in zip(anchors, sites, strict=True)]
         return sites, None, {name: verdict for name, verdict in opened if name is not None and not verdict.fused}
@@ -138,32 +141,88 @@ class _Run:
         return list(found)
 
     def _match(self, anchor: Anchor) -> Match:
-        """The match of an anchor, made once: nothing that it holds changes when other sites are spliced."""
+        """The match of an anchor, made once."""
         if anchor not in self.matches:
-            self.matches[anchor] = match(self.shadow, anchor)
-        return self.matches[anchor]
+            try:
+                self.matches[anchor] = match(self.shadow, anchor)
+            except Refused as refusal:
+                self.matches[anchor] = refusal
+        found = self.matches[anchor]
+        if isinstance(found, Refused):
+            raise found
+        return found
 
-    def _site(self, index: int, anchor: Anchor) -> Site:
+    def _needed(self, anchors: list[Anchor]) -> list[Anchor]:
+        """Without products that nothing needs, of a softmax that has one that something does."""
+        live = {a for a in anchors if a.product.node in self.splicer.live}
+        softmaxes = {a.record for a in live}
+        return [a for a in anchors if a in live or a.record not in softmaxes]
+
+    def _is_another(self, anchor: Anchor) -> bool:
+        """Whether a softmax that is attention is so with this product as well; else it is its reader, like any other."""
+        try:
+            self._match(anchor.first or anchor)
+            self._match(anchor)
+        except Refused:
+            return False
+        return True
+
+    def _agree(self, anchors: list[Anchor]) -> None:
+        """Let sites with several products compute those that others compute: who has no choice goes first."""
+        found: list[tuple[Anchor, Match]] = []
+        for anchor in anchors:
+            if anchor.product.node.name not in self.closed:
+                with suppress(Exception):  # `_prepared` says what is wrong
+                    found.append((anchor, self._match(anchor)))
+        computed: set[int] = set()
+        for anchor, chosen in sorted(found, key=lambda f: len(f[1].products)):
+            if chosen.product not in computed and chosen.products & computed:
+                self.matches[anchor] = chosen = match(self.shadow, anchor, computed)
+            computed.add(chosen.product)
+
+    def _together(self, prepared: list[tuple[Site, Splice | None]]) -> list[Site]:
+        """The sites with the last word on them: those stay that share what they make with each other alone."""
+        splices = [splice for _, splice in prepared if splice is not None]
+        try:
+            refused = settle(self.shadow, self.splicer.liveness, splices)
+        except Exception:
+            for splice in splices:
+                self.splicer.withdraw(splice)
+            self.splicer.finish()
+            raise
+        sites: list[Site] = []
+        for site, splice in prepared:
+            if splice in refused:
+                self.splicer.withdraw(splice)
+                site = replace(site, verdict=_refused(refused[splice]))
+            elif splice is not None:
+                self.splicer.commit(splice)
+            sites.append(site)
+        return sites
+
+    def _prepared(self, index: int, anchor: Anchor) -> tuple[Site, Splice | None]:
+        """A site by itself, and its op where it may be fused."""
         source, code = _source(anchor.record.node)
         attention: AttentionSite | None = None
+        splice: Splice | None = None
         if anchor.product.node.name in self.closed:
-            return Site(index, self.graph, source, code, anchor.record.node.name, self.closed[anchor.product.node.name])
+            return Site(index, self.graph, source, code, anchor.record.node.name, self.closed[anchor.product.node.name]), None
         try:
             found = self._match(anchor)
             score = scores(found)
             attention = self._describe(found, score)
             verdict = self._decide(found, score, attention)
             sdpa = plain(found, score.program) if verdict.kernel == "cudnn" else None
-            self.splicer.splice(found, score, sdpa)
+            splice = self.splicer.prepare(found, score, sdpa)
             if verdict.kernel == "cudnn" and sdpa is None:  # the op decides, call by call, with the sizes before it
                 verdict = replace(verdict, kernel=_undecided(found), backward=verdict.backward and _undecided(found))
         except Refused as refusal:
-            verdict = Verdict(False, reason=refusal.reason, seen=refusal.seen, needed=refusal.needed)
+            verdict = _refused(refusal)
         except Exception as error:
             if config.strict():
                 raise
             verdict = Verdict(False, reason=Reason.INTERNAL, seen=f"{type(error).__name__}: {error}")
-        return Site(index, self.graph, source, code, anchor.record.node.name, verdict, attention)
+        return Site(index, self.graph, source, code, anchor.record.node.name, verdict, attention), splice
 
     def _decide(self, found: Match, score: Scores, attention: AttentionSite) -> Verdict:
         """The verdict on a site that may be fused.
@@ -198,12 +257,16 @@ class _Run:
             formula=formula(score.program, names, [str(e) for e in score.params]),
             mask=mask_facts(score.program, names, [str(e) for e in score.params]),
             device=legality.site_device(found),
-            bytes_saved=legality.bytes_saved(found),
+            bytes_saved=legality.bytes_saved(found, score, self.counted),
         )
 
     def _operand(self, factor: Factor) -> Operand:
         shape = tuple(int(s) if s.is_Integer else str(self.shadow.plain(s)) for s in factor.shape)
         return Operand(shape, factor.dtype, _requires_grad(factor.value), _name(factor.value))
+
+
+def _refused(refusal: Refused) -> Verdict:
+    return Verdict(False, reason=refusal.reason, seen=refusal.seen, needed=refusal.needed)
 
 
 def _captured(what: Value | Number, name: str) -> Operand:

@@ -41,7 +41,7 @@ class Report:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Every softmax that was looked at, fused or not, in order."""
+        """Every softmax that was looked at, fused or not, in order; one for each product of its probabilities with values."""
         return tuple(site for entry in self.graphs for site in entry.sites)
 
     @property
@@ -174,7 +174,7 @@ def _lines(site: Site, count: int) -> list[str]:
         rows += [("dropout", f"p = {attention.dropout_p:g}, in the kernel")] if attention.dropout_p else []
     if verdict.fused:
         rows += [("kernel", _kernels(verdict))]
-        rows += [("saved", _saved(attention.bytes_saved, count))] if attention and attention.bytes_saved is not None else []
+        rows += [("saved", _saved(attention.bytes_saved, count))] if attention and attention.bytes_saved else []
     else:
         rows += [("why", verdict.reason.value if verdict.reason else ""), ("seen", verdict.seen), ("needed", verdict.needed)]
     return [f"  {name:<8} {text}" for name, text in rows if text]

@@ -1,13 +1,15 @@
 """Surgery on the Dynamo graph: one op in place of a described site, then what nothing needs any more is erased.
 
-This is the only module that changes a graph.  A site is spliced in whole or not at all: everything that can refuse is asked
-before the first node is made.
+This is the only module that changes a graph.  A site is spliced in two steps: `prepare` puts the op before the node that it is
+to stand in for, where nothing reads it yet, and may refuse; `commit` hands it to the node's readers.  Between them `together`
+decides which of the prepared ones stay; the others are withdrawn and leave no trace.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -18,6 +20,7 @@ from fusion_kernels.sdpa import Form
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils import _pytree as pytree
 
+from .dropout import Bits
 from .factors import Factor
 from .indexing import Div, Mod, expr_of
 from .layout import Step
@@ -27,9 +30,19 @@ from .scores import Number, Scores
 from .site import Reason, Refused
 from .tape import Shadow, Value, meta_value
 
-__all__ = ["Splicer"]
+__all__ = ["Splice", "Splicer"]
 
 SEEDS = 2**31 - 1
+
+
+@dataclass(eq=False)
+class Splice:
+    """A prepared site: `added`, the nodes of its op, of which `out` is to stand in for `target`."""
+
+    match: Match
+    target: torch.fx.Node
+    out: torch.fx.Node
+    added: Sequence[torch.fx.Node]
 
 
 class Splicer:
@@ -38,47 +51,55 @@ class Splicer:
     def __init__(self, gm: torch.fx.GraphModule, shadow: Shadow) -> None:
         self.gm, self.shadow = gm, shadow
         self.added: list[torch.fx.Node] = []
-        self.replaced: dict[torch.fx.Node, torch.fx.Node] = {}
+        self.seeds: dict[Bits, torch.fx.Node] = {}
+        self.changed = False
         self.liveness = Liveness(gm.graph, shadow)
         self.live = self.liveness.live()  # before anything is changed
         self.symbols = self._symbol_sources()
 
-    def splice(self, match: Match, scores: Scores, sdpa: Form | None = None) -> torch.fx.Node:
-        """Put the op in the place of `match.output`.
+    def prepare(self, match: Match, scores: Scores, sdpa: Form | None = None) -> Splice:
+        """Put the op before the node that holds `match.output`.
 
         Args:
             sdpa: the site as scaled_dot_product_attention, which then takes the op's place (see `plain`).
 
         Raises:
-            Refused: (PROBABILITIES_USED, SCORES_USED) the graph needs a tensor of the site for something else;
-                (MUTATION) a part inside a composite call writes in place.
+            Refused: (MUTATION) a part inside a composite call writes in place; (NO_VALUES, NOT_EXPRESSIBLE) no node holds what
+                the op would read or stand in for.
         """
         target = match.output.node
         if target is None:
             raise Refused(Reason.NO_VALUES, "the product with the values lies inside a composite call", "a call of its own")
-        reads = [match.q.value, match.k.value, match.v.value, *(c for c in scores.captures if isinstance(c, Value))]
-        self._check_unused(match, target, reads)
         before = len(self.added)
         try:
-            both, out = self._insert(match, scores, target, sdpa)
+            out = self._insert(match, scores, target, sdpa)
         except Exception:
-            for node in reversed(self.added[before:]):
-                self.gm.graph.erase_node(node)
-            del self.added[before:]
+            self._erase(self.added[before:])
             raise
-        for node in self.added[before:]:
+        finally:
+            added, self.added = self.added[before:], self.added[:before]
+        for node in added:
             for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
                 if key in target.meta:
                     node.meta[key] = target.meta[key]
-        target.replace_all_uses_with(out)
-        self.replaced[target] = out
-        self.liveness.replace(target, out)
-        match.output.node = out
-        return both
+        return Splice(match, target, out, added)
 
-    def _insert(
-        self, match: Match, scores: Scores, target: torch.fx.Node, sdpa: Form | None
-    ) -> tuple[torch.fx.Node, torch.fx.Node]:
+    def commit(self, splice: Splice) -> None:
+        """Let the op stand in for its target."""
+        splice.target.replace_all_uses_with(splice.out)
+        self.liveness.replace(splice.target, splice.out)
+        splice.match.output.node = splice.out
+        self.changed = True
+
+    def withdraw(self, splice: Splice) -> None:
+        """Take the op out again: nothing reads it."""
+        self._erase(splice.added)
+
+    def _erase(self, nodes: Iterable[torch.fx.Node]) -> None:
+        for node in reversed(list(nodes)):
+            self.gm.graph.erase_node(node)
+
+    def _insert(self, match: Match, scores: Scores, target: torch.fx.Node, sdpa: Form | None) -> torch.fx.Node:
         with self.gm.graph.inserting_before(target):
             q, k, v = (self._factor(f) for f in (match.q, match.k, match.v))
             q, k, v = (self._kept(n, f.value, match) for n, f in zip((q, k, v), (match.q, match.k, match.v), strict=True))
@@ -86,24 +107,33 @@ class Splicer:
                 self._kept(self._held(c), c, match) if isinstance(c, Value) else self._number(c, q) for c in scores.captures
             ]
             params = [self.size(e) for e in scores.params]
-            seed = None
-            if match.dropout_p:
-                seed = self.call(torch.randint, 0, SEEDS, (), device=match.q.value.tensor.device)
+            seed = self._seed(match)
             if sdpa is not None:
                 shared = match.q.shape[1] != match.k.shape[1]
                 how = {"is_causal": sdpa.causal, "scale": sdpa.scale, "enable_gqa": shared}
-                both = out = self.call(scaled_dot_product_attention, q, k, v, **how)
+                out = self.call(scaled_dot_product_attention, q, k, v, **how)
             else:
                 both = self.call(ATTENTION, q, k, v, captures, params, scores.program.text, match.dropout_p, seed)
                 out = self.call(operator.getitem, both, 0)
             for step in match.out_steps:
                 out = self._step(out, step)
-            out = self._kept(out, match.output, match)
-        return both, out
+            return self._kept(out, match.output, match)
+
+    def _seed(self, match: Match) -> torch.fx.Node | None:
+        """The seed of the bits that the site drops by, made where its mask was: sites with one mask have one seed."""
+        bits = match.bits
+        if bits is None or not match.dropout_p:
+            return None
+        if bits not in self.seeds:
+            with self.gm.graph.inserting_before(bits.record.node):
+                self.seeds[bits] = self.call(torch.randint, 0, SEEDS, (), device=match.q.value.tensor.device)
+            self.added.pop()  # it belongs to no site alone
+        return self.seeds[bits]
 
     def finish(self) -> None:
         """Erase the nodes of the fused sites that nothing needs, and those that only read them."""
-        if not self.replaced:
+        self._erase(seed for seed in self.seeds.values() if not seed.users)
+        if not self.changed:
             return
         live = self.liveness.live()
         dead = {n for n in self.live - live if n.op not in ("placeholder", "output")}
@@ -115,46 +145,6 @@ class Splicer:
                 self.gm.graph.erase_node(node)
         self.gm.graph.lint()
         self.gm.recompile()
-
-    # ------------------------------------------------------------ what may go
-
-    def _check_unused(self, match: Match, target: torch.fx.Node, reads: list[Value]) -> None:
-        instead = {target: [n for value in reads for n in self._sources(value)]}
-        live = self.liveness.live(instead)
-        product = match.dot.attr[0]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
-        softmax, end = match.anchor.record.seq, match.end
-        scored = self.shadow.made_from(product, end)
-        if match.draw is not None:
-            self._check_mask_unused(match, scored, live)
-        made = {v: v.record.seq for v in match.walked & scored if v.record is not None and v.record.seq < end}
-        for value in sorted(made, key=lambda v: -made[v]):
-            if value.node is None or value.node not in live or value.node is target:
-                continue
-            late = made[value] >= softmax
-            where = _reader(value.node, live, target)
-            if late:
-                raise Refused(Reason.PROBABILITIES_USED, where, "probabilities that only the product with the values reads")
-            raise Refused(Reason.SCORES_USED, where, "scores that only the softmax reads")
-
-    def _check_mask_unused(self, match: Match, own: set[Value], live: set[torch.fx.Node]) -> None:
-        """The dropout mask goes with the site: what else reads it would see other bits than the op draws."""
-        assert match.draw is not None
-        drawn = self.shadow.made_from(match.draw.record.seq, match.end)
-        for value in sorted(drawn - own, key=lambda v: -v.seq):
-            if value.node in live and value.node is not match.output.node:
-                raise Refused(Reason.DROPOUT, _reader(value.node, live, match.output.node), "a mask for each attention")
-
-    def _sources(self, value: Value) -> list[torch.fx.Node]:
-        """The nodes that making `value` again would read."""
-        if value.node is not None:
-            return [self.replaced.get(value.node, value.node)]
-        if value.record is None:
-            raise Refused(
-                Reason.NOT_EXPRESSIBLE, f"a {tuple(value.shape)} tensor that no node of the graph holds", "tensors of the graph"
-            )
-        if value.record.mutates:
-            raise Refused(Reason.MUTATION, f"{value.record.op} in place inside a composite call", "out-of-place operations")
-        return [n for v in value.record.inputs for n in self._sources(v)]
 
     # ------------------------------------------------------------ making nodes
 
@@ -174,9 +164,13 @@ class Splicer:
     def _held(self, value: Value) -> torch.fx.Node:
         """The node that holds a value; inside a composite call, the ATen calls that make it, repeated."""
         if value.node is not None:
-            return self.replaced.get(value.node, value.node)
+            return value.node
         record = value.record
-        assert record is not None  # `_sources` has refused
+        if record is None:
+            seen = f"a {tuple(value.shape)} tensor that no node of the graph holds"
+            raise Refused(Reason.NOT_EXPRESSIBLE, seen, "tensors of the graph")
+        if record.mutates:
+            raise Refused(Reason.MUTATION, f"{record.op} in place inside a composite call", "out-of-place operations")
         args, kwargs = pytree.tree_map_only(Value, self._held, (record.args, record.kwargs))
         args, kwargs = pytree.tree_map_only(torch.SymInt, lambda s: self.size(expr_of(s)), (args, kwargs))
         node = self.call(record.func, *args, **kwargs)
@@ -256,11 +250,6 @@ class Splicer:
         for other in rest:
             first = self.call(operator.mul if expr.is_Pow else fold, first, other)
         return first
-
-
-def _reader(node: torch.fx.Node, live: set[torch.fx.Node], target: torch.fx.Node | None) -> str:
-    user = next((u for u in node.users if u in live and u is not target), node)
-    return "the graph returns them" if user.op == "output" else f"{user.name} reads them"
 
 
 _SIZE_OPS = {

@@ -89,7 +89,7 @@ class AttentionSite:
     formula: str  # softmax(q k^T / 8 + mask[b, k])
     mask: MaskFacts
     device: torch.device
-    bytes_saved: int | None  # bytes of N x N tensors no longer stored by one forward, None when sizes are symbolic
+    bytes_saved: int | None  # N x N bytes that a forward no longer stores, each at one site; None when sizes are symbolic
     plan: Any = field(default=None, repr=False, compare=False)  # what rewrite.py needs to splice (values, views)
 
 
@@ -112,7 +112,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Site:
-    """One softmax of the user's graph with its verdict: a line of the report."""
+    """One softmax of the user's graph with a product of its probabilities and values, and the verdict: a line of the report."""
 
     index: int
     graph: int  # which compiled graph of the report

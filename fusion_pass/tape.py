@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
+from collections.abc import Container
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -112,12 +113,15 @@ class Shadow:
         first = bisect_left(self.records, start, key=lambda r: r.seq)
         return self.records[first : bisect_right(self.records, end, key=lambda r: r.seq)]
 
-    def made_from(self, seq: int, end: int) -> set[Value]:
-        """The results of call number `seq`, and all that is computed from them up to call number `end`."""
+    def made_from(self, seq: int, end: int, without: Container[torch.fx.Node | None] = ()) -> set[Value]:
+        """The results of call number `seq`, and all that is computed from them up to call number `end`.
+
+        without: nodes whose results are left out, with what is computed from those alone.
+        """
         found: set[Value] = set()
         for record in self.between(seq, end):
             if record.seq == seq or any(v in found for v in record.inputs):
-                found.update(record.outputs)
+                found.update(v for v in record.outputs if v.node not in without)
         return found
 
     def plain(self, size: sympy.Expr) -> sympy.Expr:

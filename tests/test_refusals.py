@@ -194,23 +194,17 @@ def noise_like(p: Tensor) -> Tensor:
 
 @refused(Reason.DROPOUT, Reason.DROPOUT)
 def mask_of_two_attentions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Fused, each would draw bits of its own."""
+    """One bit is read at (q, k) by the first and at (k, q) by the second: the op's bits are not."""
     p = scores_of(q, k).softmax(-1)
     noise = noise_like(p)
-    return (p * noise) @ v + (scores_of(k, q).softmax(-1) * noise) @ v
+    return (p * noise) @ v + (scores_of(k, q).softmax(-1) * noise.mT) @ v
 
 
 @refused(Reason.DROPOUT, Reason.DROPOUT)
 def mask_of_ones_of_two_attentions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     p = scores_of(q, k).softmax(-1)
     noise = F.dropout(torch.ones_like(p), 0.25)
-    return (p * noise) @ v + (scores_of(k, q).softmax(-1) * noise) @ v
-
-
-@refused(Reason.PROBABILITIES_USED)
-def dropped_probabilities_of_two_products(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    p = F.dropout(scores_of(q, k).softmax(-1), 0.25)
-    return p @ v, p @ v.square()
+    return (p * noise) @ v + (scores_of(k, q).softmax(-1) * noise.flip(1)) @ v
 
 
 @refused(Reason.DROPOUT)

@@ -62,7 +62,7 @@ class Sizes:
 class Written:
     """A program and how to run it.
 
-    fused: whether the pass has to fuse it; None where either is right. dropout: its rate; 0 for none.
+    fused: whether the pass has to fuse it; None where either is right. dropout: its rate; 0 for none. sites: its attentions.
     second: inputs of other lengths, for what the first inputs have compiled; empty for a program of static shapes.
     """
 
@@ -75,6 +75,7 @@ class Written:
     seed: int
     dropout: float
     second: tuple[Input, ...] = ()
+    sites: int = 1
 
     @property
     def uncancelled(self) -> Written:
@@ -104,7 +105,8 @@ class Written:
             f'from fuzz.programs import Written\n\nSOURCE = """\n{self.source}"""\n'
             f"INPUTS = {_shown(self.inputs)}\nSECOND = {_shown(self.second)}\n"
             f"check(Written(SOURCE, INPUTS, {self.dtype}, fused={self.fused}, dynamic={self.dynamic}, "
-            f"inner={self.inner!r}, seed={self.seed}, dropout={self.dropout}, second=SECOND))\n"
+            f"inner={self.inner!r}, seed={self.seed}, dropout={self.dropout}, second=SECOND, "
+            f"sites={self.sites}))\n"
         )
 
     def __repr__(self) -> str:
@@ -450,9 +452,31 @@ class Writer(Decisions):
         return rate
 
     def values(self) -> None:
-        forms = ["p @ v", "torch.matmul(p, v)", "torch.einsum('...qk,...kd->...qd', p, v)", "(v.mT @ p.mT).mT"]
-        forms += ["torch.bmm(p, v)"] * 2 * (len(self.s.lead) == 1)
-        self.line(f"out = {self.pick(*forms)}")
+        self.line(f"out = {self.pick(*self._products('p', 'v'))}")
+
+    def _products(self, p: str, v: str) -> list[str]:
+        forms = [
+            f"{p} @ {v}",
+            f"torch.matmul({p}, {v})",
+            f"torch.einsum('...qk,...kd->...qd', {p}, {v})",
+            f"({v}.mT @ {p}.mT).mT",
+        ]
+        return forms + [f"torch.bmm({p}, {v})"] * 2 * (len(self.s.lead) == 1)
+
+    def company(self, dropout: float) -> list[str]:
+        """A second attention, which shares the probabilities or the scores; no lines for a program that has none."""
+        if not self.chance(15):
+            return []
+        if dropout or self.chance(50):
+            lines, p = [], "p"
+        else:
+            lines, p = [f"r = torch.softmax({self.pick('s', 's * 0.5', '-s')}, -1).to(v.dtype)"], "r"
+        u = self.pick("v", "u")
+        return [
+            *lines,
+            *([f"u = v[..., :{(self.s.dv + 1) // 2}] * 2"] if u == "u" else []),
+            f"more = {self.pick(*self._products(p, u))}",
+        ]
 
     def output(self) -> None:
         s = self.s
@@ -519,18 +543,22 @@ def _write(source: bytes, lengths: tuple[int, int] | None) -> tuple[Writer, Writ
         w.line(after)
     dropout = 0.0 if spoiled else w.dropout()
     w.values()
+    at = len(w.lines)
     if w.autocast:
         w.lines[start:] = [AUTOCAST, *(f"    {x}" for x in w.lines[start:])]
     w.output()
-    w.line(f"return {returned}")
     w.masks.poison(spoiled)
     if not any(x.grad for x in w.inputs) and w.chance(70):
         w.inputs[0] = replace(w.inputs[0], grad=True)
+    inner, seed = "aot_eager" if w.chance(12) else "eager", w.pick(*range(256))
+    company = w.company(dropout)
+    w.lines[at + w.autocast : at + w.autocast] = [f"{'    ' * w.autocast}{x}" for x in company]
+    w.line(f"return {returned}{', more' if company else ''}")
     names = ", ".join(x.name for x in w.inputs)
     text = f"def attention({names}):\n" + "".join(f"    {x}\n" for x in w.lines)
     fused = None if min(w.s.n, w.s.m) == 1 and spoiled or w.folds() else not spoiled
-    inner = "aot_eager" if w.chance(12) else "eager"
-    return w, Written(text, tuple(w.inputs), w.dtype, fused, w.dynamic, inner, w.pick(*range(256)), dropout)
+    sites = 2 if company else 1
+    return w, Written(text, tuple(w.inputs), w.dtype, fused, w.dynamic, inner, seed, dropout, sites=sites)
 
 
 def programs() -> st.SearchStrategy[Written]:
