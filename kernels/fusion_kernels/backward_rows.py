@@ -7,8 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import FLAG_ROWS, LOG2E, dot_pair, load_rows, probability
-from .dropout import row_words
+from .device import FLAG_ROWS, LOG2E, any_flag, dot_pair, load_rows, probability, tile_ranges
+from .dropout import keep, row_words
 
 __all__ = ["deep_rows", "delta_rows", "sink_rows"]
 
@@ -77,59 +77,101 @@ def delta_rows(
         tl.store(numbers + row * 4 + 3, word1.to(tl.float32, bitcast=True), mask=rows < N)
 
 
-@triton.jit(do_not_specialize=["B", "H", "N", "M", "group", "floor"])
+@triton.jit(do_not_specialize=["B", "H", "N", "M", "group", "limit", "scale", "floor"])
 def deep_rows(
-    q, k, lse, base, numbers, aux, q_strides, k_strides, B, H, N, M, group, floor,
-    SCORE: tl.constexpr, FACTOR: tl.constexpr, SINK: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, do, lse, base, numbers, flags, aux, q_strides, k_strides, v_strides, do_strides,
+    B, H, N, M, group, limit, scale, floor,
+    BOUNDS: tl.constexpr, SCORE: tl.constexpr, FACTOR: tl.constexpr, DWEIGHT: tl.constexpr, SINK: tl.constexpr,
+    EXACT: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows with lse between `floor` and HIGH: base = 0, level = lse. The others: base = max x, level = log2 sum 2^(x - base).
 
-    The level takes the place of lse in `numbers`.
+    The level takes the place of lse in `numbers`. EXACT: every row is of the others, and its delta is sum_k p dp. Where a row is
+    almost all one key's, dp - delta is 0 but for roundings, which are the same in dp and in this sum, and not in sum_d do out.
     """
     q_tiles = tl.cdiv(N, BLOCK_M)
     pid = tl.program_id(0)
     start = pid % q_tiles * BLOCK_M
     b = pid // q_tiles // H
     h = pid // q_tiles % H
+    sizes = (B, H, N, M)
     q += tl.cast(b, tl.int64) * (q_strides[0] * ALIGN) + tl.cast(h, tl.int64) * (q_strides[1] * ALIGN)
     k += tl.cast(b, tl.int64) * (k_strides[0] * ALIGN) + tl.cast(h // group, tl.int64) * (k_strides[1] * ALIGN)
     rows = start + tl.arange(0, BLOCK_M)
     row = tl.cast(b * H + h, tl.int64) * N + rows
+    q_ok = (rows < N)[:, None]
     known = tl.load(lse + row, mask=rows < N, other=0.0)
-    deep = (rows < N) & ~((known > floor) & (known < HIGH))
+    deep = rows < N
+    if not EXACT:
+        deep &= ~((known > floor) & (known < HIGH))
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    count = tl.where(tl.max(deep.to(tl.int32), 0) > 0, tl.cdiv(M, BLOCK_N), 0)
+    part = tl.zeros((BLOCK_M,), tl.float32)  # of the sum of p dp
+    first = 0
+    last = tl.cdiv(M, BLOCK_N)
+    if BOUNDS is not None:
+        lo, hi, full_lo, full_hi = BOUNDS(start, tl.minimum(start + BLOCK_M, N) - 1, b, h, sizes, aux)
+        first, last, _, _ = tile_ranges(lo, hi, full_lo, full_hi, M, BLOCK_N)
+        every = any_flag(flags, b * H + h, start, start + BLOCK_M, N)  # some row here gives its masked keys a share
+        first = tl.where(every, 0, first)
+        last = tl.where(every, tl.cdiv(M, BLOCK_N), last)
+    last = tl.where(tl.max(deep.to(tl.int32), 0) > 0, last, first)
     q0 = load_rows(q, start, N, q_strides[2] * ALIGN, q_strides[3], 0, D0, D, BLOCK_M, True)
     q1 = q0
     if D1 > 0:
         q1 = load_rows(q, start, N, q_strides[2] * ALIGN, q_strides[3], D0, D1, D, BLOCK_M, True)
-    for i in tl.range(0, count):
-        keys = i * BLOCK_N + tl.arange(0, BLOCK_N)
+    if EXACT:
+        v += tl.cast(b, tl.int64) * (v_strides[0] * ALIGN) + tl.cast(h // group, tl.int64) * (v_strides[1] * ALIGN)
+        do += tl.cast(b, tl.int64) * (do_strides[0] * ALIGN) + tl.cast(h, tl.int64) * (do_strides[1] * ALIGN)
+        do0 = load_rows(do, start, N, do_strides[2] * ALIGN, do_strides[3], 0, V0, DV, BLOCK_M, True)
+        do1 = do0
+        if V1 > 0:
+            do1 = load_rows(do, start, N, do_strides[2] * ALIGN, do_strides[3], V0, V1, DV, BLOCK_M, True)
+        _, _, word0, word1 = load_numbers(numbers + row[:, None] * 4, rows < N, True)
+    for i in tl.range(first, last):
+        keys = (i * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
         k0 = load_rows(k, i * BLOCK_N, M, k_strides[2] * ALIGN, k_strides[3], 0, D0, D, BLOCK_N, True)
         k1 = k0
         if D1 > 0:
             k1 = load_rows(k, i * BLOCK_N, M, k_strides[2] * ALIGN, k_strides[3], D0, D1, D, BLOCK_N, True)
         s = dot_pair(q0, q1, k0, k1, D1 > 0, PRECISION)  # (BLOCK_M, BLOCK_N)
-        k_ok = (keys < M)[None, :]
-        x = SCORE(s, b, h, rows[:, None], keys[None, :], (rows < N)[:, None], k_ok, (B, H, N, M), aux)
+        k_ok = keys < M
+        x = SCORE(s, b, h, rows[:, None], keys, q_ok, k_ok, sizes, aux)
         x = tl.where(k_ok, x, float("-inf"))
         higher = tl.maximum(peak, tl.max(x, 1))
         finite = tl.where(higher == float("-inf"), 0.0, higher)
         p = tl.math.exp2((x - finite[:, None]) * (FACTOR * LOG2E))
-        total = total * tl.math.exp2((peak - finite) * (FACTOR * LOG2E)) + tl.sum(p, 1)
+        decay = tl.math.exp2((peak - finite) * (FACTOR * LOG2E))
+        total = total * decay + tl.sum(p, 1)
+        if EXACT:
+            v0 = load_rows(v, i * BLOCK_N, M, v_strides[2] * ALIGN, v_strides[3], 0, V0, DV, BLOCK_N, True)
+            v1 = v0
+            if V1 > 0:
+                v1 = load_rows(v, i * BLOCK_N, M, v_strides[2] * ALIGN, v_strides[3], V0, V1, DV, BLOCK_N, True)
+            dp = dot_pair(do0, do1, v0, v1, V1 > 0, PRECISION)
+            if DWEIGHT is not None:
+                dp = DWEIGHT(p, dp, b, h, rows[:, None], keys, q_ok, k_ok, sizes, aux)
+            if DROPOUT:
+                kept = keep(word0[:, None], word1[:, None], i * BLOCK_N, tl.arange(0, BLOCK_N)[None, :], limit)
+                dp = dp * tl.where(kept, scale, 0.0)
+            part = part * decay + tl.sum(tl.where(k_ok, p * dp, 0.0), 1)
         peak = higher
     if SINK is not None:
-        z = SINK(b, h, rows, rows < N, (B, H, N, M), aux) / FACTOR
+        z = SINK(b, h, rows, rows < N, sizes, aux) / FACTOR
         higher = tl.maximum(peak, z)
-        total = total * tl.math.exp2((peak - higher) * (FACTOR * LOG2E)) + tl.math.exp2((z - higher) * (FACTOR * LOG2E))
+        decay = tl.math.exp2((peak - higher) * (FACTOR * LOG2E))
+        total = total * decay + tl.math.exp2((z - higher) * (FACTOR * LOG2E))
+        part = part * decay
         peak = higher
         deep &= known == known  # the forward knows which rows are NaN
     deep &= (known < float("inf")) | (peak > float("-inf"))  # lse = +inf of a row without a key is meant: it gives zeros
     deep &= peak < float("inf")  # and so is that of a row with +inf
     tl.store(base + row, tl.where(deep, peak, 0.0), mask=rows < N)
     tl.store(numbers + row * 4, tl.where(deep, tl.math.log2(total), known), mask=rows < N)
+    if EXACT:
+        tl.store(numbers + row * 4 + 1, part / total, mask=deep)
 
 
 @triton.jit(do_not_specialize=["B", "H", "N", "M"])
