@@ -4,7 +4,8 @@ torch calls `activate` at the end of every ``import torch`` (entry point group `
 imports `os` and nothing else until the variable is on, and lets no exception out: one would fail the import of torch.
 
 Registering the pass needs ``torch._inductor.config``, and importing Inductor here would cost every program a second.
-So a finder waits for that module: when something imports it, the pass is registered as soon as it has been executed.
+So a finder waits for that module: when something imports it, the pass is registered as soon as it has been executed. If that
+something is our own hook (``from fusion_pass import enable``), the hook has first to be there: it registers at its end.
 """
 
 from __future__ import annotations
@@ -46,12 +47,30 @@ def _activate() -> None:
 
 
 def _register(when: str) -> None:
+    import sys
+
+    global _waiting
+    hook = sys.modules.get(f"{__package__}.hook")
+    if hook is not None and not hasattr(hook, "enable"):  # what imports Inductor is the hook itself: it calls `settle`
+        _waiting = when
+        return
     try:
         from .hook import enable
 
         enable(when=when)
     except Exception as error:
         _say(error)
+
+
+_waiting: str | None = None  # what the switch asks for, while the hook is being imported
+
+
+def settle() -> None:
+    """Called by `hook` at the end of its import: registers the pass if Inductor came in with that import. Never raises."""
+    global _waiting
+    when, _waiting = _waiting, None
+    if when is not None:
+        _register(when)
 
 
 def _say(error: Exception) -> None:

@@ -26,6 +26,7 @@ import torch
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from . import autoload
 from .config import When, check_when
 from .entry import run_once
 
@@ -86,16 +87,28 @@ def source_hash() -> str:
 
 
 class Enabled:
-    """What `enable` returns: a context manager whose end puts back what was set before `enable`."""
+    """What `enable` returns: a context manager whose end takes back that call of `enable`, and those made since."""
 
-    def __init__(self, before: dict[str, Any]) -> None:
-        self._before = before
+    def __init__(self, when: When) -> None:
+        self.when: When = when
+        self.entered = False
 
     def __enter__(self) -> Enabled:
+        self.entered = True
+        if self not in _asked:  # `disable` came between, or it is entered a second time
+            _asked.append(self)
+            _write()
         return self
 
     def __exit__(self, *_: object) -> None:
-        _write(self._before)
+        self.entered = False
+        if self not in _asked:
+            return
+        first = end = _asked.index(self)
+        while end < len(_asked) and not (end > first and _asked[end].entered):
+            end += 1  # a call of `enable` inside a with block lasts as long as the block
+        del _asked[first:end]
+        _write()
 
 
 def enable(when: str = "profitable") -> Enabled:
@@ -108,49 +121,50 @@ def enable(when: str = "profitable") -> Enabled:
         when: "profitable" or "always", as in `make_backend`.
 
     Returns:
-        A context manager: ``with fusion_pass.enable(): ...`` puts the former state back at its end.
+        A context manager: ``with fusion_pass.enable(): ...`` puts the former state back at its end. Blocks may end in any
+        order: the pass is on, as the innermost of those that are left asks, until the last one ends.
 
     Raises:
         ValueError: `when` is not one of the two.
     """
-    checked = check_when(when)
-    global _made_early
-    before = _read()
-    ours = [p for p in _passes() if isinstance(p, FusionPass)]
-    others = tuple(p for p in _passes() if not isinstance(p, FusionPass))
-    earlier = tuple(p for one in ours for p in one.before) + others
-    state: dict[str, Any] = {"pre_grad_custom_pass": FusionPass(checked, earlier)}
-    if before.get("pre_grad_pass_timing") == "default":
-        state["pre_grad_pass_timing"] = "early"
-        _made_early = True
-    _write(state)
-    return Enabled(before)
+    asked = Enabled(check_when(when))
+    if not _asked:  # a pass of ours that is there came with settings that were saved and loaded
+        _asked.extend(Enabled(p.when) for p in _passes() if isinstance(p, FusionPass))
+    _asked.append(asked)
+    _write()
+    return asked
 
 
 def disable() -> None:
     """Take the pass out of Inductor's hook, whoever put it there; custom passes of the user stay. Never fails."""
-    global _made_early
-    passes = _passes()
-    if not any(isinstance(p, FusionPass) for p in passes):
-        return
-    left = [q for p in passes for q in (p.before if isinstance(p, FusionPass) else (p,))]
-    state: dict[str, Any] = {"pre_grad_custom_pass": left[0] if len(left) == 1 else left or None}
-    if _made_early:
-        state["pre_grad_pass_timing"], _made_early = "default", False
-    _write(state)
+    _asked.clear()
+    _write()
 
 
+_asked: list[Enabled] = []  # calls of `enable` that hold, the innermost last
 _made_early = False  # whether the timing is ours to put back
-_KEYS = ("pre_grad_custom_pass", "pre_grad_pass_timing")  # the second since 2.13
 
 
-def _read() -> dict[str, Any]:
-    return {key: getattr(inductor_config, key) for key in _KEYS if hasattr(inductor_config, key)}
+def _write() -> None:
+    """Bring Inductor's settings in line with `_asked`; passes of the user stay, in their order."""
+    global _made_early
+    found = _passes()
+    theirs = [p for one in found for p in (one.before if isinstance(one, FusionPass) else (one,))]
+    if _asked:
+        inductor_config.pre_grad_custom_pass = FusionPass(_asked[-1].when, tuple(theirs))  # type: ignore[assignment]
+    elif any(isinstance(p, FusionPass) for p in found):
+        inductor_config.pre_grad_custom_pass = theirs[0] if len(theirs) == 1 else theirs or None  # type: ignore[assignment]
+    timing = getattr(inductor_config, _TIMING, None)
+    if _asked and timing == "default":
+        setattr(inductor_config, _TIMING, "early")
+        _made_early = True
+    elif not _asked:
+        if _made_early and timing == "early":  # anything else is what the program has asked for since
+            setattr(inductor_config, _TIMING, "default")
+        _made_early = False
 
 
-def _write(state: dict[str, Any]) -> None:
-    for key, value in state.items():
-        setattr(inductor_config, key, value)
+_TIMING = "pre_grad_pass_timing"  # since 2.13
 
 
 def _passes() -> tuple[GraphPass, ...]:
@@ -158,3 +172,6 @@ def _passes() -> tuple[GraphPass, ...]:
     if current is None:
         return ()
     return tuple(current) if isinstance(current, (list, tuple)) else (current,)
+
+
+autoload.settle()

@@ -215,3 +215,106 @@ def test_the_switch_finds_an_inductor_that_is_there_already() -> None:
         "print(config.pre_grad_custom_pass)"
     )
     assert python(code).stdout == "FusionPass(when='profitable', before=())\n"
+
+
+# ---------------------------------------------------------------- states
+
+
+@pytest.mark.skipif(not hasattr(config, "pre_grad_pass_timing"), reason="since torch 2.13")
+def test_a_timing_that_the_program_sets_stays() -> None:
+    """`disable` took a timing for ours that an earlier block had long put back."""
+    try:
+        with fusion_pass.enable():
+            assert config.pre_grad_pass_timing == "early"
+        assert config.pre_grad_pass_timing == "default"
+        config.pre_grad_pass_timing = "early"
+        fusion_pass.enable()
+        fusion_pass.disable()
+        assert config.pre_grad_pass_timing == "early"
+        config.pre_grad_pass_timing = "default"
+        with fusion_pass.enable():
+            config.pre_grad_pass_timing = "late"
+        assert config.pre_grad_pass_timing == "late"
+    finally:
+        config.pre_grad_pass_timing = "default"
+
+
+@pytest.mark.parametrize("entered", [False, True])
+def test_blocks_that_end_out_of_order_leave_the_pass_off(entered: bool) -> None:
+    first, second = fusion_pass.enable(when="always"), fusion_pass.enable()
+    if entered:
+        first.__enter__(), second.__enter__()
+    first.__exit__()
+    assert config.pre_grad_custom_pass == (FusionPass("profitable") if entered else None)  # the second block still runs
+    second.__exit__()
+    assert config.pre_grad_custom_pass is None
+    second.__exit__()  # twice is as good as once
+
+
+def test_what_is_enabled_inside_a_block_ends_with_it() -> None:
+    fusion_pass.enable()
+    with fusion_pass.enable(when="always"):
+        fusion_pass.enable()
+        assert config.pre_grad_custom_pass == FusionPass("profitable")
+    assert config.pre_grad_custom_pass == FusionPass("profitable")
+    with fusion_pass.enable(when="always") as block:
+        fusion_pass.disable()
+        assert config.pre_grad_custom_pass is None
+    assert config.pre_grad_custom_pass is None
+    with block:  # a second time
+        assert config.pre_grad_custom_pass == FusionPass("always")
+    assert config.pre_grad_custom_pass is None
+
+
+def test_a_pass_that_the_program_sets_inside_a_block_stays() -> None:
+    user = UserPass()
+    try:
+        with fusion_pass.enable():
+            config.pre_grad_custom_pass = user
+        assert config.pre_grad_custom_pass is user
+    finally:
+        config.pre_grad_custom_pass = None
+
+
+def test_a_pass_that_came_with_loaded_settings_is_ours_to_take_out() -> None:
+    config.pre_grad_custom_pass = FusionPass("always")
+    with fusion_pass.enable():
+        assert config.pre_grad_custom_pass == FusionPass("profitable")
+    assert config.pre_grad_custom_pass == FusionPass("always")
+    fusion_pass.disable()
+    assert config.pre_grad_custom_pass is None
+
+
+# ---------------------------------------------------------------- the switch, with our own names imported before Inductor
+
+SHOW = "\nimport torch._inductor.config as config; print(config.pre_grad_custom_pass)"
+PROFITABLE, ALWAYS = "FusionPass(when='profitable', before=())", "FusionPass(when='always', before=())"
+ORDERS = {
+    "never called": ("from fusion_pass import enable" + SHOW, [PROFITABLE]),
+    "before torch": ("import fusion_pass.hook" + SHOW, [PROFITABLE]),
+    "after torch": ("import torch; from fusion_pass import enable" + SHOW, [PROFITABLE]),
+    "after Inductor": ("import torch._inductor.config; from fusion_pass import enable" + SHOW, [PROFITABLE]),
+    "called": ("from fusion_pass import enable; enable('always')" + SHOW, [ALWAYS]),
+    "called, then left": ("from fusion_pass import enable; enable('always').__exit__()" + SHOW, [PROFITABLE]),
+    "a block": (f"import fusion_pass\nwith fusion_pass.enable('always'):{SHOW.replace(chr(10), ' ')}{SHOW}", [ALWAYS, PROFITABLE]),
+    "a block after Inductor": (
+        f"import torch._inductor.config, fusion_pass\nwith fusion_pass.enable('always'): pass{SHOW}",
+        [PROFITABLE],
+    ),
+    "disabled": ("from fusion_pass import disable; disable()" + SHOW, ["None"]),
+    "disabled after Inductor": ("import torch._inductor.config; from fusion_pass import disable; disable()" + SHOW, ["None"]),
+    "a backend": ("from fusion_pass import flash_backend, enable" + SHOW, [PROFITABLE]),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_switch_holds_in_every_order_of_imports(order: str) -> None:
+    code, expected = ORDERS[order]
+    done = python(code, FUSION_PASS="1")
+    assert done.stderr == ""
+    assert done.stdout.split("\n") == [*expected, ""]
+
+
+def test_the_switch_fuses_where_enable_is_imported_and_never_called() -> None:
+    done = python("from fusion_pass import enable" + PLAIN, FUSION_PASS="always", FUSION_PASS_REPORT="1")
+    assert done.stderr.startswith("fusion_pass: graph 0: 1 of 1 attention sites fused\n")
