@@ -296,7 +296,10 @@ ORDERS = {
     "after Inductor": ("import torch._inductor.config; from fusion_pass import enable" + SHOW, [PROFITABLE]),
     "called": ("from fusion_pass import enable; enable('always')" + SHOW, [ALWAYS]),
     "called, then left": ("from fusion_pass import enable; enable('always').__exit__()" + SHOW, [PROFITABLE]),
-    "a block": (f"import fusion_pass\nwith fusion_pass.enable('always'):{SHOW.replace(chr(10), ' ')}{SHOW}", [ALWAYS, PROFITABLE]),
+    "a block": (
+        f"import fusion_pass\nwith fusion_pass.enable('always'):{SHOW.replace(chr(10), ' ')}{SHOW}",
+        [ALWAYS, PROFITABLE],
+    ),
     "a block after Inductor": (
         f"import torch._inductor.config, fusion_pass\nwith fusion_pass.enable('always'): pass{SHOW}",
         [PROFITABLE],

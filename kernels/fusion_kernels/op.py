@@ -73,6 +73,18 @@ def _redispatch(op: torch._ops.OpOverload, keys: torch._C.DispatchKeySet, *argum
         return op.redispatch(keys & _BELOW, *arguments)
 
 
+_INSTEAD = "Run this model without the fusion (or call fusion_kernels.reference.dense)."
+_FORWARD_MODE = f"fusion_kernels: attention was differentiated in forward mode; the fused op has a backward alone. {_INSTEAD}"
+_TORCH_FUNC = (
+    "fusion_kernels: attention was differentiated by torch.func (grad, vjp, jacrev, hessian); the fused op knows torch.autograd "
+    f"alone: call backward() or torch.autograd.grad. {_INSTEAD}"
+)
+_VMAP = (
+    "fusion_kernels: attention was called under vmap with a mapped argument; the fused op has no rule for it: make the mapped "
+    f"dim a part of the batch. {_INSTEAD}"
+)
+
+
 class FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keys: Any, params: Any, program: str, dropout_p: float, seed: Any, *tensors: Any) -> tuple:
@@ -99,10 +111,7 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple:
-        raise NotImplementedError(
-            "fusion_kernels: attention was differentiated in forward mode; the fused op has a backward alone. "
-            "Run this model without the fusion (or call fusion_kernels.reference.dense)."
-        )
+        raise NotImplementedError(_FORWARD_MODE)
 
 
 class FusedAttentionGradient(torch.autograd.Function):
@@ -125,8 +134,21 @@ class FusedAttentionGradient(torch.autograd.Function):
 
 
 def _differentiated(*tensors: Tensor) -> bool:
-    """Backward, or (in any grad mode) forward: torch looks for tangents itself then."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors) or forward_ad._current_level >= 0
+    """Backward, or (in any grad mode) forward: torch looks for tangents itself then.
+
+    Raises:
+        NotImplementedError: a transform of torch.func asks: torch would say that our autograd.Function is not made for it.
+    """
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors) or forward_ad._current_level >= 0):
+        return False
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(_FORWARD_MODE if forward_ad._current_level >= 0 else _TORCH_FUNC)
+    return True
+
+
+def _mapped(info: Any, in_dims: Any, *arguments: Any) -> Any:
+    """The rule of both ops under vmap."""
+    raise NotImplementedError(_VMAP)
 
 
 def _attention(keys, q, k, v, captures, params, program, dropout_p, seed):
@@ -160,6 +182,7 @@ def _register(name: str, schema: str, implementation: Any, fake: Any, autograd: 
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
     torch.library.register_fake(f"fusion_kernels::{name}", fake, lib=_LIBRARY)
+    torch.library.register_vmap(f"fusion_kernels::{name}", _mapped, lib=_LIBRARY)
     return getattr(torch.ops.fusion_kernels, name).default
 
 

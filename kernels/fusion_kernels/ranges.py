@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from .program import Node, apply, const, index, size
 
-__all__ = ["Range", "Solver", "inequality"]
+__all__ = ["Range", "Solver", "inequality", "linear"]
 
 BIG = 2**30  # integer constants are cut here: no index reaches it, and tile arithmetic must not overflow 32 bits
 
@@ -143,6 +143,15 @@ def inequality(p: Node, positive: bool = True) -> tuple[dict[Node, int], int] | 
     except _Unknown:
         return None
     return None if linear is None else (dict(linear.terms), -linear.rest)
+
+
+def linear(node: Node) -> tuple[dict[Node, int], int] | None:
+    """An integer expression as ({term: c}, rest), for ``sum of c * term + rest``; None where it is not linear."""
+    try:
+        found = _linear(node)
+    except _Unknown:
+        return None
+    return dict(found.terms), found.rest
 
 
 def _over(a: _Linear, c: int) -> _Linear:
