@@ -1,7 +1,7 @@
 """The pass itself: trace, match, describe, decide, rewrite; one `Site` for every softmax that was looked at.
 
-Nothing that goes wrong here reaches the user's compile: a refusal or an exception leaves the site as it was and says so in
-the report (strict mode raises).
+Nothing that goes wrong here reaches the user's compile: a refusal or an exception leaves the site, or the whole graph, as it
+was and says so in the report (strict mode raises; `entry` sees to what fails outside the graphs).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .plain import plain
 from .rewrite import Splice, Splicer
 from .scores import Number, Scores, scores
 from .shadow import trace
-from .site import AttentionSite, Operand, Reason, Refused, Site, Verdict
+from .site import AttentionSite, Operand, Reason, Refused, Site, Verdict, failed
 from .tape import Value, meta_value
 from .together import settle
 
@@ -72,19 +72,31 @@ def _bodies(gm: torch.fx.GraphModule) -> Iterator[torch.fx.GraphModule]:
 def _run_graph(gm: torch.fx.GraphModule, when: str, graph: int, first: int, body: bool) -> list[Site]:
     if not any(_SOFTMAX.search(str(n.target)) for n in gm.graph.nodes if n.op.startswith("call")):
         return []
+    given = copy_graph(gm.graph)
+    try:
+        return _fuse(gm, when, graph, first, body)
+    except Refused as refusal:  # the graph cannot be traced
+        verdict = Verdict(False, reason=refusal.reason, seen=refusal.seen, needed=refusal.needed)
+    except Exception as error:
+        if config.strict():
+            raise
+        verdict = failed(error)
+    if [n.name for n in gm.graph.nodes] != [n.name for n in given.nodes]:  # it goes on as it came
+        gm.graph = given
+        gm.recompile()
+    return [Site(first, graph, "", "", "", verdict)]
+
+
+def _fuse(gm: torch.fx.GraphModule, when: str, graph: int, first: int, body: bool) -> list[Site]:
+    """The sites of one graph, fused where they may be.
+
+    Raises:
+        Refused: (CAPTURE) the graph cannot be traced.
+    """
     backup: torch.fx.Graph | None = None
     closed: dict[str, Verdict] = {}  # composite calls that hold no fusable site, with the verdict
     while True:
-        try:
-            sites, opened, refused = _Run(gm, when, graph, first, body, closed).run(may_open=backup is None)
-        except Refused as refusal:  # the graph cannot be traced
-            return [Site(first, graph, "", "", "", _refused(refusal))]
-        except Exception as error:
-            if config.strict():
-                raise
-            return [
-                Site(first, graph, "", "", "", Verdict(False, reason=Reason.INTERNAL, seen=f"{type(error).__name__}: {error}"))
-            ]
+        sites, opened, refused = _Run(gm, when, graph, first, body, closed).run(may_open=backup is None)
         if opened is not None:  # composite calls were opened: once more, on the graph as it is now
             backup = opened
             continue
@@ -221,7 +233,7 @@ class _Run:
         except Exception as error:
             if config.strict():
                 raise
-            verdict = Verdict(False, reason=Reason.INTERNAL, seen=f"{type(error).__name__}: {error}")
+            verdict = failed(error)
         return Site(index, self.graph, source, code, anchor.record.node.name, verdict, attention), splice
 
     def _decide(self, found: Match, score: Scores, attention: AttentionSite) -> Verdict:

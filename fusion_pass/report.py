@@ -157,7 +157,7 @@ def _alike(sites: tuple[Site, ...]) -> list[tuple[Site, int]]:
 
 def _title(site: Site, count: int) -> str:
     verdict = "fused" if site.verdict.fused else "refused"
-    return f"{verdict}{f' x {count}' if count > 1 else ''}  {_place(site.source) or site.softmax}"
+    return f"{verdict}{f' x {count}' if count > 1 else ''}  {_place(site.source) or site.softmax or 'the whole graph'}"
 
 
 def _place(source: str) -> str:

@@ -110,6 +110,14 @@ class Verdict:
     needed: str = ""
 
 
+def failed(error: Exception) -> Verdict:
+    """Of what the pass could not handle: an error of ours, which is no reason to stop the user's compile."""
+    seen = f"{type(error).__name__}: {error}"
+    return Verdict(
+        False, reason=Reason.INTERNAL, seen=seen, needed="a report of this error; FUSION_PASS_STRICT=1 shows where it is"
+    )
+
+
 @dataclass(frozen=True)
 class Site:
     """One softmax of the user's graph with a product of its probabilities and values, and the verdict: a line of the report."""
