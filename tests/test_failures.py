@@ -94,3 +94,19 @@ def test_an_error_in_the_report_does_not_stop_the_compile(monkeypatch: pytest.Mo
     torch.testing.assert_close(compiled(fusion_pass.make_backend(inner="eager", when="always")), attention(*qkv()))
     assert "fusion_pass: the report of a graph failed, its code is right: ZeroDivisionError" in capsys.readouterr().err
     assert len(fusion_pass.last_report().fused) == 1
+
+
+def test_a_composite_call_that_was_opened_is_closed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = torch.nn.MultiheadAttention(16, 2, batch_first=True), torch.randn(2, 5, 16)
+    untouched, inner, fused = Inner(), Inner(), Inner()
+
+    def run(backend: object) -> torch.Tensor:
+        torch._dynamo.reset()
+        return torch.compile(lambda x: module(x, x, x, need_weights=True)[0], backend=backend)(x)  # type: ignore[arg-type]
+
+    expected = run(untouched)
+    run(fusion_pass.make_backend(inner=fused, when="always"))
+    assert fused.code != untouched.code, "the call is opened where nothing fails"
+    finishing(monkeypatch)
+    torch.testing.assert_close(run(fusion_pass.make_backend(inner=inner, when="always")), expected)
+    assert inner.code == untouched.code
