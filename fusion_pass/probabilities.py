@@ -28,6 +28,7 @@ from .describe import Describer, has_score, unrounded
 from .dropout import Draw, as_dropout
 from .normal import as_softmax
 from .site import Reason, Refused
+from .tape import Record
 
 __all__ = ["Probabilities", "find_softmax", "written"]
 
@@ -69,7 +70,15 @@ def find_softmax(d: Describer, anchor: Anchor, node: Node, key: sympy.Symbol) ->
     if reaches_product(d.shadow.readers, anchor.product.outputs[0]) is not None:
         raise Refused(Reason.PROBABILITIES_EDITED, "a product mixes them over another dim first", "softmax, then the values")
     needed = "softmax over the dim that is summed with the values"
-    raise Refused(Reason.SOFTMAX_DIM, f"softmax over the dim at {position}", needed)
+    raise Refused(Reason.SOFTMAX_DIM, _over(anchor.record), needed)
+
+
+def _over(record: Record) -> str:
+    """The dim of a softmax (or of the sum of a hand-written one), as its reader counts them."""
+    dims = record.args[1] if len(record.args) > 1 else record.kwargs["dim"]
+    shape = record.args[0].shape
+    (dim,) = dims if isinstance(dims, (list, tuple)) else (dims,)
+    return f"softmax over dim {dim % len(shape)} of {len(shape)}, of a [{', '.join(map(str, shape))}] tensor"
 
 
 class _Reader:

@@ -84,7 +84,7 @@ def test_an_error_leaves_the_graph_as_it_was(place: Callable, monkeypatch: pytes
 def test_strict_mode_lets_it_through(place: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     place(monkeypatch)
     monkeypatch.setenv("FUSION_PASS_STRICT", "1")
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="fusion_pass.pipeline|a mistake of ours"):
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"fusion_pass\.pipeline|a mistake of ours"):
         compiled(fusion_pass.make_backend(inner="eager", when="always"))
 
 
