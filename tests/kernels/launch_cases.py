@@ -123,7 +123,7 @@ def compare(name: str, shape: tuple[int, ...], **options: Any) -> list[str]:
 
 def padded(**options: Any) -> list[str]:
     """The same for a call that asks which keys padding hides, once in each direction."""
-    with second_calls(6):
+    with second_calls(7):
         return key_mask_cases.compare(key_mask_cases.Padded(**options))
 
 

@@ -33,8 +33,8 @@ def test_the_second_call_with_padding(worker: ProcessPoolExecutor) -> None:
 
 
 def test_through_the_op_and_with_a_profiler(worker: ProcessPoolExecutor) -> None:
-    """The forward's kernel and the backward's three: directly, but as Triton offers it where somebody listens."""
-    assert worker.submit(run, "through_the_op").result() == [["direct", "offered", "direct"]] * 4
+    """The forward's kernel and the four of a backward in fp32: directly, but as Triton offers it where somebody listens."""
+    assert worker.submit(run, "through_the_op").result() == [["direct", "offered", "direct"]] * 5
 
 
 def test_a_triton_that_launches_in_another_way(worker: ProcessPoolExecutor) -> None:
