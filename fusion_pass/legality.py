@@ -75,17 +75,20 @@ def _check_writes(shadow: Shadow, match: Match, scores: Scores) -> None:
             raise overwritten(value.shape)
 
 
-def profitable(match: Match, kernel: str, device: torch.device) -> str | None:
-    """Why fusing would not pay, or None where it does.
+def profitable(match: Match, kernel: str, device: torch.device, trained: bool = False) -> str | None:
+    """Why fusing would not pay, or None where it does; trained: whether it will have a backward.
 
     On CPU ATen's own kernel is taken at any size, the tiled reference only where the scores are far larger than a cache: an
-    estimate. On a GPU a small site is bound by the host, which launches the kernels of torch.compile as fast as ours. Training
-    steps of five masks under both on one H200: at 0.1 million scores ours took 0.7 to 1.7 of torch.compile's time, at 1.0 million
-    0.9 to 1.4, at 4.2 million (three masks) 0.7 to 0.9.
+    estimate. Its backward is the tiled one: a step took 1.3 to 1.5 of eager's time at 2 million scores, 0.9 and (causal) 0.3
+    at 16 million (D = 64, one thread). On a GPU a small site is bound by the host, which launches the kernels of torch.compile
+    as fast as ours. Training steps of five masks under both on one H200: at 0.1 million scores ours took 0.7 to 1.7 of
+    torch.compile's time, at 1.0 million 0.9 to 1.4, at 4.2 million (three masks) 0.7 to 0.9.
     """
     n, m = match.q.shape[2], match.k.shape[2]
     elements = sympy.Mul(n, m, match.q.shape[0], match.q.shape[1])
     if device.type == "cpu":
+        if kernel == "aten-cpu" and trained and elements.is_Integer and int(elements) < _CPU_TRAINED_MIN:
+            return f"{int(elements)} scores are too few for a fused backward to pay on a CPU"
         if kernel == "aten-cpu":
             return None
         if elements.is_Integer and int(elements) < _CPU_TILED_MIN:
@@ -97,6 +100,7 @@ def profitable(match: Match, kernel: str, device: torch.device) -> str | None:
 
 
 _CPU_TILED_MIN = 1 << 26
+_CPU_TRAINED_MIN = 1 << 24
 _CUDA_MIN = 1 << 21
 
 

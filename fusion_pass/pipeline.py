@@ -250,11 +250,11 @@ class _Run:
             same_head_dim=same(found.q.shape[3], found.v.shape[3]),
         )  # fmt: skip
         kernel = named()
+        trained = found.anchor.product.grad and (captured or any(needing))
         if self.when == "profitable":
-            reason = legality.profitable(found, kernel, attention.device)
+            reason = legality.profitable(found, kernel, attention.device, trained)
             if reason is not None:
                 raise Refused(Reason.NOT_PROFITABLE, reason, 'when="always" fuses it all the same')
-        trained = found.anchor.product.grad and (captured or any(needing))
         return Verdict(True, kernel, named(backward=True, capture_grads=captured) if trained else "")
 
     def _describe(self, found: Match, score: Scores) -> AttentionSite:

@@ -14,11 +14,11 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LENGTH = sympy.Symbol("s0", integer=True, positive=True)
 
 
-def reason(kernel: str, device: torch.device, *sizes: object) -> str | None:
+def reason(kernel: str, device: torch.device, *sizes: object, trained: bool = False) -> str | None:
     """sizes: B, H, N, M."""
     b, h, n, m = map(sympy.sympify, sizes)
     match = SimpleNamespace(q=SimpleNamespace(shape=(b, h, n, 64)), k=SimpleNamespace(shape=(b, h, m, 64)))
-    return legality.profitable(match, kernel, device)  # type: ignore[arg-type]
+    return legality.profitable(match, kernel, device, trained)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kernel", ["triton", "cudnn"])
@@ -31,5 +31,9 @@ def test_on_a_gpu(kernel: str) -> None:
 
 def test_on_a_cpu() -> None:
     assert reason("aten-cpu", CPU, 1, 1, 1, 1) is None
+    few = "2097152 scores are too few for a fused backward to pay on a CPU"
+    assert reason("aten-cpu", CPU, 16, 8, 128, 128, trained=True) == few
+    assert reason("aten-cpu", CPU, 2, 8, 1024, 1024, trained=True) is None
+    assert reason("aten-cpu", CPU, 1, 1, LENGTH, LENGTH, trained=True) is None
     assert reason("tiled", CPU, 1, 12, 512, 512) == "3145728 scores fit the cache of a CPU, and no ATen kernel expresses the site"
     assert reason("tiled", CPU, 1, 16, 2048, 2048) is None

@@ -154,7 +154,7 @@ def test_scale_by_dynamic_head_dim() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_rows_that_are_almost_all_one_keys(scale: float) -> None:
-    """dp - delta is 0 there but for roundings: ATen's backward on CPU takes delta from the output, and is 6 times beyond the rule."""
+    """dp - delta is 0 there but for roundings: ATen takes delta from the output on a CPU, 6 times beyond the rule."""
     (x,) = normal((2, 3, 37, 64))
     fn = lambda x: torch.softmax(scale * (x @ x.mT), -1) @ x
     check(fn, [x], fused=1)
