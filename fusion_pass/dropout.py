@@ -13,6 +13,7 @@ first does, and then has its seed (`Bits`). Spellings, with keep = 1 - p and n a
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOptionalSubscript=false
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ import sympy
 from fusion_kernels.program import Node
 
 from .describe import Describer
-from .indexing import Div, Mod, expr_of
+from .indexing import Div, Mod, coefficient, expr_of, same
 from .site import Reason, Refused
 from .tape import Record
 
@@ -40,14 +41,21 @@ class Draw:
 class Bits:
     """Which bit of a mask each probability reads; equal ones are the same bit at the same place of the op.
 
-    The op's own bits are a function of (seed, b * H + h, q, k): so is this of `index`, over the axes that are merged to
-    b * H + h, of which `sizes` are the sizes, and over q and k.
+    The op's own bits are a function of (seed, r, q, k) with r = b * H + h, whatever axes r merges. So is this: the bits of the
+    mask are counted in row-major order, and bit
+
+        start + along_query q + along_key k + sum_i stride_i r_i
+
+    is read, where the r_i are r in the radices of `rows`, (size, stride) each, the first the outermost. Where one stride is
+    the next one's times its size, the two are one: q of [4, 2, N, D] heads and q of [2, 4, N, D] read a mask alike.
     """
 
     p: float
     record: Record
-    sizes: tuple[sympy.Expr, ...]
-    index: tuple[sympy.Expr, ...]
+    start: sympy.Expr
+    along_query: sympy.Expr
+    along_key: sympy.Expr
+    rows: tuple[tuple[sympy.Expr, sympy.Expr], ...]
 
 
 def as_dropout(d: Describer, node: Node) -> tuple[Draw, Node] | None:
@@ -96,16 +104,23 @@ def own_bits(d: Describer, draw: Draw, heads: Sequence[sympy.Symbol], query: sym
     heads = [a for a in heads if d.axes.sizes[a] != 1]
     wanted = {*heads, *(a for a in (query, key) if d.axes.sizes[a] != 1)}
     read = {a for e in draw.index for a in d.axes.of(e)}
-    if wanted <= read and not any(e.has(Div, Mod) for e in draw.index):
-        names: dict[sympy.Symbol, sympy.Expr] = {a: sympy.S.Zero for a in read if d.axes.sizes[a] == 1}
-        names |= {
-            a: sympy.Symbol(name)
-            for a, name in ((query, "q"), (key, "k"), *((a, f"h{i}") for i, a in enumerate(heads)))
-            if a in wanted
-        }
-        index = tuple(sympy.expand(sympy.sympify(e).xreplace(names)) for e in draw.index)
-        return Bits(draw.p, draw.record, tuple(d.axes.sizes[a] for a in heads), index)
     shape = tuple(map(expr_of, draw.record.outputs[0].shape))
+    if wanted <= read and not any(e.has(Div, Mod) for e in draw.index):
+        zero: dict[sympy.Symbol, sympy.Expr] = dict.fromkeys(read, sympy.S.Zero)
+        position = sympy.expand(sum((e * math.prod(shape[i + 1 :]) for i, e in enumerate(draw.index)), sympy.S.Zero))
+        stride = {a: coefficient(position, a) if d.axes.sizes[a] != 1 else sympy.S.Zero for a in (*heads, query, key)}
+        rows = _radices([(d.axes.sizes[a], stride[a]) for a in heads])
+        return Bits(draw.p, draw.record, sympy.expand(position.xreplace(zero)), stride[query], stride[key], rows)
     raise Refused(
         Reason.DROPOUT, f"a mask of shape {shape} is shared by several of them", "dropout of every probability by itself"
     )
+
+
+def _radices(axes: Sequence[tuple[sympy.Expr, sympy.Expr]]) -> tuple[tuple[sympy.Expr, sympy.Expr], ...]:
+    """(size, stride) of each axis, the outermost first, where axes that step on in each other's stride are merged."""
+    merged: list[tuple[sympy.Expr, sympy.Expr]] = []
+    for size, stride in axes:
+        if merged and same(merged[-1][1], size * stride):
+            size *= merged.pop()[0]
+        merged.append((sympy.expand(size), sympy.expand(stride)))
+    return tuple(merged)

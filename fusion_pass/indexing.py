@@ -18,7 +18,7 @@ import torch
 
 from .sizes import sizes_of, whole
 
-__all__ = ["Axes", "Div", "Mod", "expr_of", "merge_index", "same", "whole"]
+__all__ = ["Axes", "Div", "Mod", "coefficient", "expr_of", "merge_index", "same", "whole"]
 
 
 class Div(sympy.Function):
@@ -59,6 +59,11 @@ def same(a: sympy.Expr, b: sympy.Expr) -> bool:
     if a == b or (a.is_Integer and b.is_Integer):
         return a == b
     return sympy.expand(a - b) == 0
+
+
+def coefficient(expr: sympy.Expr, axis: sympy.Symbol) -> sympy.Expr:
+    """What an expanded expression has times `axis`; 0 where it does not read it."""
+    return expr.coeff(axis, 1)
 
 
 def _nonnegative(expr: sympy.Expr) -> bool:

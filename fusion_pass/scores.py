@@ -17,7 +17,7 @@ from fusion_kernels.program import Capture, Node, Program, apply, const, postord
 from fusion_kernels.weights import selects
 
 from .describe import INDEXED, REDUCTIONS, has_score, symbols_of
-from .indexing import Div, Mod, expr_of
+from .indexing import Div, Mod, coefficient, expr_of
 from .match import Match
 from .site import Reason, Refused, overwritten
 from .tape import Value
@@ -269,7 +269,7 @@ class _Writer:
         above = 1 - below  # what is no more than 0 where it is not
         strict = int(node.op in ("lt", "gt"))
         below, above = below + strict, above - strict
-        leading = [c for x in (self.m.axis, self.m.query) if (c := below.coeff(x, 1)) != 0]
+        leading = [c for x in (self.m.axis, self.m.query) if (c := coefficient(below, x)) != 0]
         turned = bool(leading) and leading[0].is_negative
         terms = sympy.Add.make_args(sympy.expand(above if turned else below))
         left = sympy.Add(*(t for t in terms if self.axes.of(t) and t.as_coeff_Mul()[0] > 0))

@@ -13,6 +13,9 @@ sum of such terms without the cancelling (and more than fair where another gradi
 are measured by it, none of a 16-bit dtype). A gradient counts as 0 if float64, whose own noise is 1e-16, has it below 1e-9 of
 the largest.
 
+Of a program in float64 nothing says what eager is wrong by: the truth is eager itself. `rounding_errors` says what to expect, for
+programs that are drawn rather than chosen: what eager in fp32 is wrong by, in units of float64.
+
 NaN, inf and -inf must be where eager has them, and nowhere else. Two things are not eager's to say:
 
 - A gradient may be NaN where eager's is inf, never the other way round and never for a number. torch has the derivative of silu
@@ -25,6 +28,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +56,20 @@ class Exact(TorchDispatchMode):
         if isinstance(out, Tensor) and out.is_floating_point() and not any(map(_is, tree_leaves((args, kwargs)))):
             return out.double()  # made from numbers, in the default dtype
         return out
+
+
+class Single(TorchDispatchMode):
+    """Casts to float64 become casts to fp32, and numbers that fp32 has not become its largest."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*tree_map(self._single, args), **tree_map(self._single, dict(kwargs or {})))
+
+    @staticmethod
+    def _single(x: Any) -> Any:
+        if isinstance(x, float) and math.isfinite(x):
+            largest = torch.finfo(torch.float32).max
+            return min(max(x, -largest), largest)
+        return torch.float32 if x is torch.float64 else x
 
 
 @dataclass
@@ -216,6 +234,19 @@ def exactly(fn: Callable[..., Any], inputs: Sequence[Any], *, backward: bool = T
         return run(copy.deepcopy(fn).double() if isinstance(fn, nn.Module) else fn, up, backward=backward, seed=seed)
 
 
+def rounding_errors(fn: Callable[..., Any], inputs: Sequence[Any]) -> list[float]:
+    """What eager is likely wrong by in float64, an entry for each of `Result.named`, of inputs in float64.
+
+    Roundings are linear in the unit: it is what eager is wrong by in fp32, times the ratio of the units, 2^-29.
+    """
+    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    given = [x.detach().float().requires_grad_(x.requires_grad) if _is(x) and x.dtype == torch.float64 else x for x in inputs]
+    with Single():
+        eager = run(fn, given)
+    pairs = zip(eager.named(), exactly(fn, given).named(), strict=True)
+    return [ratio * error(x, t) if _is(x) and x.is_floating_point() else 0.0 for (_, x), (_, t) in pairs]
+
+
 def error(x: Tensor, exact: Tensor) -> float:
     """Largest absolute error over the finite elements."""
     finite = torch.isfinite(exact) & torch.isfinite(x)
@@ -227,11 +258,11 @@ def largest(exact: Tensor) -> float:
     return float(finite.abs().max()) if finite.numel() else 0.0
 
 
-def allowed(eager: Tensor, exact: Tensor, scale: float = 1.0) -> float:
-    """The rule's bound; `scale` is that of the terms which `exact` is a sum of."""
+def allowed(eager: Tensor, exact: Tensor, scale: float = 1.0, own: float = 0.0) -> float:
+    """The rule's bound; `scale` is that of the terms which `exact` is a sum of, and eager is wrong by no less than `own`."""
     work = torch.finfo(torch.float64 if eager.dtype == torch.float64 else torch.float32).eps
     top = largest(exact)
-    return 2 * error(eager, exact) + torch.finfo(eager.dtype).eps / 2 * top + 16 * work * max(scale, top)
+    return 2 * max(error(eager, exact), own) + torch.finfo(eager.dtype).eps / 2 * top + 16 * work * max(scale, top)
 
 
 KINDS = ("a number", "NaN", "inf", "-inf")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from math import inf, nan
 
 import pytest
 import torch
-from checks import misplaced, overflow
+from checks import misplaced, overflow, rounding_errors
 from torch import Tensor
 
 # (fused, eager, float64) of one element -> whether it passes: as an output, as a gradient; and both where float16 overflows
@@ -57,3 +58,19 @@ def test_what_is_misplaced_is_said() -> None:
 def test_overflow_is_arithmetic_in_float16(fn: Callable[[Tensor], Tensor], seen: bool) -> None:
     x: Tensor = torch.full((32, 32), 250.0, dtype=torch.float16, requires_grad=True)
     assert overflow(fn, [x]) == seen
+
+
+def test_what_float64_is_likely_wrong_by() -> None:
+    """Of a sum that `math.fsum` gives exactly: within a factor of 30 either way, over draws."""
+
+    def total(x: Tensor) -> Tensor:
+        return x.double().cumsum(0)[-1:].masked_fill(torch.zeros(1, dtype=torch.bool), torch.finfo(torch.float64).min)
+
+    seen, guessed = 0.0, 0.0
+    for i in range(8):
+        x = torch.randn(4000, generator=torch.Generator().manual_seed(i), dtype=torch.float64).requires_grad_()
+        seen = max(seen, abs(total(x).item() - math.fsum(x.tolist())))
+        output, gradient = rounding_errors(total, [x])
+        guessed = max(guessed, output)
+        assert gradient == 0.0
+    assert seen / 30 < guessed < 30 * seen

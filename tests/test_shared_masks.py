@@ -190,3 +190,25 @@ def test_one_query_of_one_head() -> None:
     q, k, v, w = (x.detach()[:1, :1].clone() for x in operands(1, 197))
     compiled(both, recorder)(q, k, v, w)
     assert_fused(fusion_pass.last_report(), recorder, 2)
+
+
+def of_two_groupings(q: Tensor, k: Tensor, v: Tensor, w: Tensor, edit: str = "") -> tuple[Tensor, Tensor]:
+    """The values of the first product are two heads repeated, which divides the heads' axis; those of the second are four."""
+    k = k[:, :2].repeat_interleave(2, dim=1) * 0.5
+    v = v[:, :2].repeat_interleave(2, dim=1)
+    q = torch.cat([q, q[:, :1] * 0.5], 1)
+    p = dropped(scores_of(q, k).softmax(-1))
+    other = p.unflatten(1, (2, 2)).mT.contiguous().mT.transpose(1, 2).flatten(1, 2) if edit == "reordered" else p
+    return p @ v, other @ (v[..., :4] * 2)
+
+
+@pytest.mark.parametrize("edit", ["", "reordered"])
+def test_a_mask_is_read_in_one_order_whatever_the_heads_are_merged_to(edit: str) -> None:
+    """The row of the op is b * H + h, in [4, 2, N, D] heads and in [2, 4, N, D]; but not if the heads are in another order."""
+    recorder = Recorder("eager")
+    first, second = compiled(of_two_groupings, recorder, edit)(*operands(63, 17))
+    if edit:
+        assert [site.verdict.reason for site in fusion_pass.last_report().sites] == [DROPOUT, DROPOUT]
+        return
+    assert_fused(fusion_pass.last_report(), recorder, 2)
+    torch.testing.assert_close(second, first[..., :4] * 2)
