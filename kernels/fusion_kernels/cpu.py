@@ -2,8 +2,9 @@
 
 It computes ``softmax(scale * s + mask) v``, causal or not. So the program has to read ``scale * s`` under additive masks and
 ``where`` masks, and the mask is collected into one additive tensor. Some of its ways differ from eager, and calls that could
-see them go to the tiled reference instead: rows without a key, and rows whose scores are all -inf or NaN, give 0 (eager:
-NaN).
+see them go to the tiled reference instead: a row without a key, or with scores that are NaN or infinite, may give 0 or a number
+where eager gives NaN (which, depends on torch's version and on the vector instructions of the machine). So it is asked only
+where the operands bound the scores, and a mask leaves each row a key that is not hidden.
 
 Its backward is not used. It takes the probabilities from exp(s - lse) and delta from sum(do out), whose roundings do not cancel
 where a row is almost all one key's: gradients in fp32 are then up to 50 times as far from float64 as eager's (q = k = v, N = 37,
@@ -26,6 +27,7 @@ __all__ = ["attention_forward", "supports"]
 
 LOG2E = math.log2(math.e)
 FLOOR = -1e3  # a row whose mask is nowhere above this may be hidden whole
+LARGEST_SCORE = 1e8  # finite, and small beside a number that hides a key (`sdpa.HIDDEN`)
 LARGEST_MASK = 2**22  # elements of a mask that is made for the call, rather than passed in
 
 aten = torch.ops.aten
@@ -56,7 +58,7 @@ def supports(
 def _mask(
     f: Form, q: torch.Tensor, k: torch.Tensor, captures: Sequence[torch.Tensor], params: Sequence[int]
 ) -> tuple[torch.Tensor | None, bool]:
-    """The additive mask, (1 or B, 1 or H, 1 or N, 1 or M), and whether every row surely has a visible key under it."""
+    """The additive mask, (1 or B, 1 or H, 1 or N, 1 or M), and whether under it each row has a key, and no score +inf or NaN."""
     if f.mask is None:
         return None, True  # causal or not, each row sees key 0
     (batch, heads, n, _), m = q.shape, k.shape[2]
@@ -67,7 +69,7 @@ def _mask(
     mask = torch.as_tensor(mask, dtype=dtype, device=q.device)
     mask = mask[(None,) * (4 - mask.dim())]
     best = mask[..., 0] if f.causal else mask.amax(-1)  # under a causal mask the first row has key 0 alone
-    return mask, bool((best > FLOOR).all())
+    return mask, bool((best > FLOOR).all() & (mask.amax() < LARGEST_SCORE))
 
 
 def _finite(*results: torch.Tensor) -> bool:
@@ -75,10 +77,10 @@ def _finite(*results: torch.Tensor) -> bool:
     return all(math.isfinite(t.sum(dtype=torch.promote_types(t.dtype, torch.float32)).item()) for t in results)
 
 
-def _blank(out: torch.Tensor, lse: torch.Tensor) -> bool:
-    """Whether some row is 0 with lse 0: what ATen makes of scores that are all -inf, or all NaN, where eager makes NaN."""
-    flat = lse == 0
-    return bool(flat.any()) and bool((flat & (out == 0).all(-1)).any())
+def _bounded(q: torch.Tensor, k: torch.Tensor, scale: float) -> bool:
+    """Whether no product of a query and a key can be NaN, infinite, or larger than `LARGEST_SCORE`: one pass over each."""
+    ends = torch.stack([*torch.aminmax(q), *torch.aminmax(k)]).abs().double().tolist()
+    return abs(scale) * q.shape[-1] * max(ends[:2]) * max(ends[2:]) <= LARGEST_SCORE and not any(map(math.isnan, ends))
 
 
 def _grouped(t: torch.Tensor, heads: int) -> torch.Tensor:
@@ -93,13 +95,13 @@ def attention_forward(
     params: Sequence[int],
     program: Program,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(out, base-2 lse) of a supported call; None where a row may see no key, or something is NaN or infinite."""
+    """(out, base-2 lse) of a supported call; None where a row may see no key, or something is NaN, infinite or huge."""
     f = form(program)
     assert f is not None
     mask, safe = _mask(f, q, k, captures, params)
-    if not safe:
+    if not safe or not _bounded(q, k, f.scale):
         return None
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         q, _grouped(k, q.shape[1]), _grouped(v, q.shape[1]), 0.0, f.causal, attn_mask=mask, scale=f.scale
     )
-    return (out, lse.mul_(LOG2E)) if _finite(out, lse) and not _blank(out, lse) else None
+    return (out, lse.mul_(LOG2E)) if _finite(out) else None

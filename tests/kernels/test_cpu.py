@@ -218,3 +218,16 @@ def test_nan_and_infinity_reach_what_they_reach_in_eager(name: str, dtype: torch
                 expected = run(program, inputs, captures)[:-1]
             for f, e in zip(found, expected, strict=True):
                 assert torch.equal(f.isnan(), e.isnan()), (where, value)
+
+
+@pytest.mark.parametrize("name", ["scaled", "causal", "added"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30, 3e38])
+def test_scores_without_a_bound_are_left_to_the_reference(name: str, value: float, called: list[str]) -> None:
+    """What ATen makes of them depends on torch's version and on the machine; one large operand bounds nothing."""
+    for where in range(3 if name == "added" else 2):
+        inputs = [t.detach() for t in tensors(63, 63, dtype=torch.bfloat16)]
+        captures = [torch.randn(2, 1, 63, 63)] if name == "added" else []
+        [*inputs[:2], *captures][where][0, 0, 31, 3] = value if where < 2 else abs(value)
+        with torch.no_grad():
+            ATTENTION(*inputs, captures, [], FORMS[name][0].text, 0.0, None)
+        assert not called, where
