@@ -240,10 +240,11 @@ def test_inputs_are_untouched_and_outputs_are_new() -> None:
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled(backend: str, dynamic: bool) -> None:
     torch._dynamo.reset()
+    text = BIASED.text
 
     def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         heads = [t.unflatten(-1, (4, -1)).transpose(1, 2) for t in (q, k, v)]
-        out, _ = ATTENTION(*heads, [bias], [], BIASED.text, 0.0, None)
+        out, _ = ATTENTION(*heads, [bias], [], text, 0.0, None)
         return out.transpose(1, 2).flatten(2) * 2
 
     compiled = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)
