@@ -97,7 +97,8 @@ def _pooled(runs: list[_Runs], terms: list[Result]) -> None:
 def _verdict(w: Written, recorder: Recorder) -> None:
     report = fusion_pass.last_report()
     found = fused_nodes(recorder.graphs[-1:])  # one graph, which Dynamo hands over twice where it begins anew
-    assert len(report.fused) == found, f"{found} fused ops in the graphs{sites_text(report)}"
+    left = w.source.count("F.scaled_dot_product_attention(")  # torch's own, which may stay
+    assert 0 <= found - len(report.fused) <= left, f"{found} fused ops in the graphs{sites_text(report)}"
     assert not any(s.verdict.reason is not None and s.verdict.reason.name == "INTERNAL" for s in report.sites), sites_text(report)
     if w.fused is not None:
         fused, refused = len(report.fused), len(report.refused)

@@ -111,14 +111,14 @@ class MaskWriter:
 
     # ------------------------------------------------------------ NaN and infinity
 
-    def poison(self, spoiled: str) -> None:
+    def poison(self) -> None:
         """At times one NaN or infinity in an input.
 
         Not in k or v under a mask of positions: a key that positions alone hide is in a tile that is never read, and eager
         multiplies it by zero (0 * NaN = NaN). That is the one difference from eager that the op documents.
         """
         w = self.w
-        if not w.chance(8) or spoiled:
+        if not w.chance(8):
             return
         able = [
             i

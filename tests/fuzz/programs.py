@@ -15,15 +15,13 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from fuzz.decisions import Decisions, decisions
+from fuzz.around import AroundWriter
+from fuzz.decisions import decisions
 from fuzz.inputs import Input, make
 from fuzz.masks import MaskWriter
+from fuzz.operands import LENGTHS, OperandWriter
 
-__all__ = ["Sizes", "Written", "programs"]
-
-LENGTHS = (1, 2, 3, 5, 7, 16, 17, 31, 33, 63)
-LONG_LENGTHS = (64, 65, 127, 129, 160, 197)
-HEAD_DIMS = (1, 3, 8, 16, 24, 40, 72)
+__all__ = ["Written", "programs"]
 
 # True where the backward of a function reads what the function gave (tanh' = 1 - tanh^2): torch refuses to run that backward once
 # the scores were edited in place.
@@ -41,21 +39,19 @@ POINTWISE: Mapping[str, bool] = {
     "F.relu(s)": True,
     "s.square() * 0.1": False,
 }
+# How the lines start that make the probabilities of the scores; others that start with "p = " change them.
+MADE = (
+    "F.softmax",
+    "s.softmax",
+    "torch.softmax",
+    "torch.nn.Softmax",
+    "torch.exp",
+    "F.log_softmax",
+    "e /",
+    "p.to(v.d",
+    "p.type_as",
+)
 CASTS = ("s.float()", "s.to(torch.float32)")  # give s itself where it is fp32 already
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of the attention; lead: the dims before (query, key) of the scores as the code has them."""
-
-    b: int
-    h: int
-    hkv: int
-    n: int
-    m: int
-    d: int
-    dv: int
-    lead: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,13 @@ class Written:
     def uncancelled(self) -> Written:
         """The program with a constant sum under the softmax: its gradients are the terms that cancel in those of the program."""
         lines = self.source.splitlines()
-        softmax = [i for i, x in enumerate(lines) if x.lstrip().startswith(("p = ", "e = ")) and "F.dropout(" not in x]
+        softmax = [
+            i
+            for i, x in enumerate(lines)
+            if x.lstrip().startswith("e = ") or any(x.lstrip().startswith("p = " + y) for y in MADE)
+        ]
+        if not softmax:
+            return self
         margin = " " * (len(lines[softmax[0]]) - len(lines[softmax[0]].lstrip()))
         lines[softmax[0]] = f"{margin}p = torch.exp(s - torch.logsumexp(s, -1, keepdim=True).detach()).to(v.dtype)"
         return replace(self, source="\n".join(x for i, x in enumerate(lines) if i not in softmax[1:]) + "\n")
@@ -118,169 +120,19 @@ def _shown(inputs: tuple[Input, ...]) -> str:
     return "(\n" + "".join(f"    Input({', '.join(x)}),\n" for x in given) + ")"
 
 
-class Writer(Decisions):
-    """Draws and writes one program. Methods are called in the order of the program.
-
-    lengths: of queries and keys, in place of those that are drawn.
-    """
+class Writer(OperandWriter):
+    """Draws and writes one program. Methods are called in the order of the program."""
 
     def __init__(self, source: bytes, lengths: tuple[int, int] | None = None) -> None:
-        super().__init__(source)
-        self.lengths = lengths
-        self.lines: list[str] = []
-        self.inputs: list[Input] = []
+        super().__init__(source, lengths)
         self.dtype: torch.dtype = self.pick(*[torch.float32] * 6, *[torch.bfloat16] * 3, torch.float16, torch.float64)
         self.autocast = self.dtype == torch.float32 and self.chance(20)
         self.low = torch.bfloat16 if self.autocast else self.dtype  # of the products
         self.half = self.low in (torch.bfloat16, torch.float16)
         self.wide = False  # scores of a half-precision program that have become fp32
-        self.broadcast_heads = 1  # query heads of one kv head, where the products broadcast: einsum folds them into the rows
         self.dynamic = self.chance(12)  # four times the time of a static one
         self.s = self._sizes()
-        self.masks = MaskWriter(self)
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-    def input(self, name: str, *shape: int, **options: Any) -> str:
-        if any(x.name == name for x in self.inputs):
-            name = f"{name}{len(self.inputs)}"
-        options.setdefault("grad", options.get("kind", "normal") == "normal" and self.chance(70))
-        if len(shape) > 1 and self.chance(20):
-            options["order"] = self.shuffled(len(shape))
-        self.inputs.append(Input(name, shape, **options))
-        return name
-
-    def _sizes(self) -> Sizes:
-        lengths = LONG_LENGTHS if self.chance(12) else LENGTHS
-        n = self.pick(*lengths)
-        m = n if self.chance(50) else self.pick(*lengths)
-        long = max(n, m) > 63
-        b, hkv = self.pick(1, 2) if long else self.pick(1, 2, 3), self.pick(1, 2) if long else self.pick(1, 2, 3)
-        group = self.pick(1, 1, 1, 2, 3)
-        d = self.pick(*HEAD_DIMS)
-        n, m = self.lengths or (n, m)
-        return Sizes(b, hkv * group, hkv, n, m, d, d if self.chance(60) else self.pick(*HEAD_DIMS))
-
-    def resize(self, **sizes: Any) -> None:
-        self.s = Sizes(**{**self.s.__dict__, **sizes})
-
-    # ------------------------------------------------------------ q, k, v
-
-    def operands(self) -> None:
-        layouts = ("four", "bnhd", "three", "merged", "two", "five", "hidden", "packed", "projected")
-        layout = self.pick(*layouts)
-        getattr(self, f"_{layout}")()
-        self.line("n, m, d = q.shape[-2], k.shape[-2], q.shape[-1]")
-        if self.chance(10):
-            which = self.pick("q", "k", "v")
-            self.line(f"{which} = {which}.{self.pick('contiguous()', 'clone()')}")
-
-    def _scale_of_inputs(self) -> float:
-        return self.pick(1.0, 1.0, 1.0, 4.0, 0.0625)
-
-    def _four(self) -> None:
-        s = self.s
-        extra = self.pick(0, 0, 0, 1, 5)  # the head dim as a slice: rows further apart than their length
-        for name, h, rows, d in (("q", s.h, s.n, s.d), ("k", s.hkv, s.m, s.d), ("v", s.hkv, s.m, s.dv)):
-            self.input(name, s.b, h, rows, d + extra, scale=self._scale_of_inputs())
-            if extra:
-                self.line(f"{name} = {name}[..., {self.pick(f':{d}', f'{extra}:')}]")
-        self._groups()
-
-    def _bnhd(self) -> None:
-        s = self.s
-        for name, h, rows, d in (("q", s.h, s.n, s.d), ("k", s.hkv, s.m, s.d), ("v", s.hkv, s.m, s.dv)):
-            self.input(name, s.b, rows, h, d, scale=self._scale_of_inputs())
-            self.line(f"{name} = {name}.{self.pick('transpose(1, 2)', 'permute(0, 2, 1, 3)', 'swapaxes(1, 2)')}")
-        self._groups()
-
-    def _three(self) -> None:
-        s, size = self.s, self.s.b * self.s.h
-        for name, rows, d in (("q", s.n, s.d), ("k", s.m, s.d), ("v", s.m, s.dv)):
-            self.input(name, size, rows, d, scale=self._scale_of_inputs())
-        self.resize(lead=(size,))
-
-    def _merged(self) -> None:
-        """(B, N, H D) to (B H, N, D), as BART does it."""
-        s = self.s
-        for name, rows, d in (("q", s.n, s.d), ("k", s.m, s.d), ("v", s.m, s.dv)):
-            self.input(name, s.b, rows, s.h * d, scale=self._scale_of_inputs())
-            self.line(f"{name} = {name}.view({s.b}, -1, {s.h}, {d}).transpose(1, 2).reshape({s.b * s.h}, -1, {d})")
-        self.resize(lead=(s.b * s.h,))
-
-    def _two(self) -> None:
-        s = self.s
-        for name, rows, d in (("q", s.n, s.d), ("k", s.m, s.d), ("v", s.m, s.dv)):
-            self.input(name, rows, d, scale=self._scale_of_inputs())
-        self.resize(lead=())
-
-    def _five(self) -> None:
-        s, outer = self.s, self.pick(1, 2)
-        for name, rows, d in (("q", s.n, s.d), ("k", s.m, s.d), ("v", s.m, s.dv)):
-            self.input(name, s.b, outer, s.hkv, rows, d, scale=self._scale_of_inputs())
-        self.resize(lead=(s.b, outer, s.hkv))
-
-    def _hidden(self) -> None:
-        s = self.s
-        for name, h, rows, d in (("q", s.h, s.n, s.d), ("k", s.hkv, s.m, s.d), ("v", s.hkv, s.m, s.dv)):
-            self.input(name, s.b, rows, h * d, order=None, scale=self._scale_of_inputs())
-            view = self.pick(f"view({s.b}, -1, {h}, {d})", f"unflatten(-1, ({h}, {d}))", f"reshape({s.b}, -1, {h}, {d})")
-            view = view.replace("view", "reshape") if self.inputs[-1].order else view
-            self.line(f"{name} = {name}.{view}.transpose(1, 2)")
-        self._groups()
-
-    def _packed(self) -> None:
-        s = self.s
-        self.resize(m=s.n, dv=s.d, hkv=s.h, lead=(s.b, s.h))
-        self.input("x", s.b, s.n, 3 * s.h * s.d, scale=self._scale_of_inputs())
-        shape = f"{s.b}, -1, {s.h}, {s.d}"
-        form = self.pick("chunk", "split", "unbind", "permute", "slice")
-        if form in ("chunk", "split"):
-            self.line(f"q, k, v = x.{'chunk(3, dim=-1)' if form == 'chunk' else f'split({s.h * s.d}, dim=2)'}")
-            self.line(f"q, k, v = (t.reshape({shape}).transpose(1, 2) for t in (q, k, v))")
-        elif form == "slice":
-            w = s.h * s.d
-            self.line(f"q, k, v = x[..., :{w}], x[..., {w}:{2 * w}], x[..., {2 * w}:]")
-            self.line(f"q, k, v = (t.reshape({shape}).transpose(1, 2) for t in (q, k, v))")
-        elif form == "unbind":
-            self.line(f"q, k, v = x.reshape({s.b}, -1, 3, {s.h}, {s.d}).transpose(1, 3).unbind(2)")
-        else:
-            self.line(f"q, k, v = x.reshape({s.b}, -1, 3, {s.h}, {s.d}).permute(2, 0, 3, 1, 4)")
-
-    def _projected(self) -> None:
-        s, e = self.s, self.pick(1, 8, 20)
-        self.input("x", s.b, s.n, e)
-        source = "x" if s.n == s.m else self.input("y", s.b, s.m, e)
-        for name, of, h, d in (("q", "x", s.h, s.d), ("k", source, s.hkv, s.d), ("v", source, s.hkv, s.dv)):
-            weight = self.input(f"w{name}", h * d, e, scale=e**-0.5)
-            self.line(f"{name} = F.linear({of}, {weight}).view({s.b}, -1, {h}, {d}).transpose(1, 2)")
-        self._groups()
-
-    def _groups(self) -> None:
-        """Grouped kv heads: repeated in one of the usual ways, or left for the product to broadcast."""
-        s = self.s
-        group = s.h // s.hkv
-        self.resize(lead=(s.b, s.h))
-        if group == 1:
-            return
-        ways = ["repeat", "expand", "einsum"] + ["broadcast"] * (s.hkv == 1)
-        way = self.pick(*ways)
-        if way in ("broadcast", "einsum"):
-            self.broadcast_heads = group
-        if way == "broadcast":
-            return
-        if way == "einsum":  # (B, Hkv, G, N, D) against (B, Hkv, 1, M, D)
-            self.line(f"q, k, v = q.unflatten(1, ({s.hkv}, {group})), k.unsqueeze(2), v.unsqueeze(2)")
-            self.resize(lead=(s.b, s.hkv, group))
-            return
-        for name in ("k", "v"):
-            if way == "repeat":
-                self.line(f"{name} = {name}.repeat_interleave({group}, dim=1)")
-            else:
-                self.line(
-                    f"{name} = {name}[:, :, None].expand(-1, -1, {group}, -1, -1).reshape({s.b}, {s.h}, -1, {name}.shape[-1])"
-                )
+        self.masks, self.around = MaskWriter(self), AroundWriter(self)
 
     # ------------------------------------------------------------ the scores
 
@@ -463,11 +315,11 @@ class Writer(Decisions):
         ]
         return forms + [f"torch.bmm({p}, {v})"] * 2 * (len(self.s.lead) == 1)
 
-    def company(self, dropout: float) -> list[str]:
-        """A second attention, which shares the probabilities or the scores; no lines for a program that has none."""
+    def company(self, alike: bool) -> list[str]:
+        """A second attention, which shares the probabilities or, if not `alike`, the scores; no lines for a program without."""
         if not self.chance(15):
             return []
-        if dropout or self.chance(50):
+        if alike or self.chance(50):
             lines, p = [], "p"
         else:
             lines, p = [f"r = torch.softmax({self.pick('s', 's * 0.5', '-s')}, -1).to(v.dtype)"], "r"
@@ -491,6 +343,25 @@ class Writer(Decisions):
             self.line("out = out * 2 + 1")
         elif form == "float":
             self.line("out = out.float()")
+
+    def library(self) -> None:
+        """torch's own attention in place of product, mask, softmax and product."""
+        form = self.pick("none", "causal", "bool", "bias", "both")
+        given = {"causal": ["is_causal=True"], "none": []}.get(form, ["attn_mask=bias_"])
+        self.masks.structural |= form == "causal"
+        if form in ("bool", "both"):
+            self.line(f"keep_ = {self.masks.predicate()}")
+        if form == "bool":
+            given = [self.pick("attn_mask=keep_", "attn_mask=keep_.expand(*q.shape[:-1], m)")]
+        elif form == "bias":
+            self.line(f"bias_ = {self.input('bias', *self.broadcast())}.to(q.dtype)")
+        elif form == "both":
+            bias = self.input("bias", *self.broadcast())
+            fill = self.pick("float('-inf')", f"torch.finfo({self.low}).min")
+            self.line(f"bias_ = torch.where(keep_, {bias}, {fill}).to(q.dtype)")
+        if self.chance(40):
+            given.append(f"scale={self.pick(0.5, 0.125, 1.0)}")
+        self.line(f"out = F.scaled_dot_product_attention({', '.join(['q, k, v', *given])})")
 
     # ------------------------------------------------------------ spoiled programs
 
@@ -532,33 +403,51 @@ def _write(source: bytes, lengths: tuple[int, int] | None) -> tuple[Writer, Writ
     region = w.pick(0, 1) if w.autocast else 0  # whether how q, k and v come in is outside of autocast
     w.operands()
     start = region * len(w.lines)
+    if w.chance(6) and w.s.lead:
+        w.library()
+        return w, _finished(w, "out", None, 1, 0.0, start)
     w.scores()
     w.functions()
     spoiled = w.spoil() if w.chance(8) else ""
     before, after, returned = SPOILED.get(spoiled, ("", "", "out"))
     if before:
         w.line(before)
+    leave_out = "" if spoiled else w.around.column()
     w.softmax(-2 if spoiled == "dim" else -1)
+    if leave_out:
+        w.line(leave_out)
     if after:
         w.line(after)
+    if not spoiled:
+        w.around.weight()
     dropout = 0.0 if spoiled else w.dropout()
+    if not spoiled:
+        w.around.weight()
     w.values()
-    at = len(w.lines)
+    company = w.company(bool(dropout or leave_out))
+    fused = None if min(w.s.n, w.s.m) == 1 and spoiled or w.folds() else not spoiled
+    for line in company:
+        w.line(line)
+    returned += ", more" if company else ""
+    return w, _finished(w, returned, fused, 2 if company else 1, dropout, start, poison=not spoiled)
+
+
+def _finished(
+    w: Writer, returned: str, fused: bool | None, sites: int, dropout: float, start: int, *, poison: bool = True
+) -> Written:
+    """The program of what is written; under autocast from the line `start` on."""
     if w.autocast:
         w.lines[start:] = [AUTOCAST, *(f"    {x}" for x in w.lines[start:])]
     w.output()
-    w.masks.poison(spoiled)
+    if poison:
+        w.masks.poison()
     if not any(x.grad for x in w.inputs) and w.chance(70):
         w.inputs[0] = replace(w.inputs[0], grad=True)
     inner, seed = "aot_eager" if w.chance(12) else "eager", w.pick(*range(256))
-    company = w.company(dropout)
-    w.lines[at + w.autocast : at + w.autocast] = [f"{'    ' * w.autocast}{x}" for x in company]
-    w.line(f"return {returned}{', more' if company else ''}")
+    w.line(f"return {returned}")
     names = ", ".join(x.name for x in w.inputs)
     text = f"def attention({names}):\n" + "".join(f"    {x}\n" for x in w.lines)
-    fused = None if min(w.s.n, w.s.m) == 1 and spoiled or w.folds() else not spoiled
-    sites = 2 if company else 1
-    return w, Written(text, tuple(w.inputs), w.dtype, fused, w.dynamic, inner, seed, dropout, sites=sites)
+    return Written(text, tuple(w.inputs), w.dtype, fused, w.dynamic, inner, seed, dropout, sites=sites)
 
 
 def programs() -> st.SearchStrategy[Written]:
