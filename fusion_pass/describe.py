@@ -227,6 +227,6 @@ class Describer:
                 return self.element(self.shadow.values[n.attr[0]], move(n.attr[1]))  # pyright: ignore
             if n.op in INDEXED or n.op in REDUCTIONS:
                 return Node.make(n.op, *args, attr=move(n.attr), kind=n.kind)
-            return None
+            return Node.make(n.op, *args, attr=n.attr, kind=n.kind) if n.op == "narrowed" else None
 
         return rebuild(node, step)

@@ -131,6 +131,8 @@ def _compare(op: str) -> Rule:
         boolean = a.args[0] if a.op == "to_float" and a.args[0].kind == "bool" else None
         if boolean is not None and op in ("eq", "ne") and b.op == "const" and b.attr in (0.0, 1.0):
             return boolean if (op == "eq") == bool(b.attr) else apply("not", boolean)
+        if a is b and a.kind == "float" and op in ("eq", "ne"):  # a number equals itself
+            return apply("isnan", a) if op == "ne" else apply("not", apply("isnan", a))
         return apply(op, a, b)
 
     return rule

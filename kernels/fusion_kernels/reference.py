@@ -24,8 +24,10 @@ With a weight, dv = w(dropout(p))^T do, dp = dropout(w'(do v^T)), and delta is w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -35,11 +37,24 @@ from .philox import keep_mask
 from .program import Program
 
 __all__ = [
-    "LOG2E", "as_tensor", "compute_dtype", "dense", "dense_backward", "dropout_factor", "scatter_sink", "sink_over",
-    "unweighted", "weighted",
+    "LOG2E", "as_tensor", "compute_dtype", "dense", "dense_backward", "dropout_factor", "own_dtypes", "scatter_sink",
+    "sink_over", "unweighted", "weighted",
 ]  # fmt: skip
 
 LOG2E = math.log2(math.e)
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def own_dtypes(fn: Callable[P, T]) -> Callable[P, T]:
+    """`fn`, whose first argument is a tensor, with autocast off: torch leaves a model's autocast on inside of an op of ours."""
+
+    @wraps(fn)
+    def exact(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.autocast(args[0].device.type, enabled=False):  # pyright: ignore[reportAttributeAccessIssue]
+            return fn(*args, **kwargs)
+
+    return exact
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -47,6 +62,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@own_dtypes
 def dense(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -75,6 +91,7 @@ def dense(
     return (p @ _grouped(v, q.shape[1], env.dtype)).to(v.dtype), lse
 
 
+@own_dtypes
 def dense_backward(
     do: torch.Tensor,
     q: torch.Tensor,

@@ -16,7 +16,7 @@ from . import tiles
 from .derivative import vjp
 from .evaluate import Box, Environment, evaluate, integer, scatter
 from .program import Program
-from .reference import LOG2E, as_tensor, compute_dtype, dropout_factor, scatter_sink, sink_over, unweighted, weighted
+from .reference import LOG2E, as_tensor, compute_dtype, dropout_factor, own_dtypes, scatter_sink, sink_over, unweighted, weighted
 
 __all__ = ["tiled_backward", "tiled_forward"]
 
@@ -205,6 +205,7 @@ def _visit(p: _Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, parts
     return row
 
 
+@own_dtypes
 def tiled_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -237,6 +238,7 @@ def tiled_forward(
             lse[here] = (row.total.log_() + row.m).squeeze(-1).mul_(LOG2E)
 
 
+@own_dtypes
 def tiled_backward(
     do: torch.Tensor,
     q: torch.Tensor,

@@ -12,10 +12,14 @@ __all__ = ["MaskWriter"]
 
 
 class MaskWriter:
-    """Writes masks for a `Writer`. structural: some mask so far is made of positions, so that tiles may be skipped."""
+    """Writes masks for a `Writer`.
+
+    structural: some mask so far is made of positions, so that tiles may be skipped. absorbing: some hides keys by a number that
+    swallows a score, and may hide a whole row by it.
+    """
 
     def __init__(self, writer: Any) -> None:
-        self.w, self.structural = writer, False
+        self.w, self.structural, self.absorbing = writer, False, False
         self.named: set[str] = set()
 
     # ------------------------------------------------------------ positions
@@ -85,6 +89,7 @@ class MaskWriter:
         w = self.w
         if w.chance(20):
             fill = w.pick(-math.inf, -math.inf, torch.finfo(w.dtype).min, -1e4)
+            self.absorbing |= -math.inf < fill < -1e4
             x = w.float_input("mask", *w.broadcast(), kind="additive", fill=fill, dead=w.chance(25), grad=False)
             return w.line(w.pick(f"s = s + {x}", f"s = {x} + s", f"s = torch.add(s, {x})"))
         p = self.predicate()
@@ -94,6 +99,7 @@ class MaskWriter:
         fill = w.pick("float('-inf')", "float('-inf')", "-torch.inf", finite)
         # A `where` of two numbers makes fp32, torch's default dtype, which has no number as low as the lowest of float64.
         of_numbers = "torch.finfo(torch.float32).min" if (w.low, fill) == (torch.float64, lowest) else fill
+        self.absorbing |= fill not in ("float('-inf')", "-torch.inf", "-1e4") or finite != "-1e4"
         hidden = w.pick(f"~({p})", f"({p}).logical_not()", f"({p}) == 0")
         forms = (
             [f"s = s.masked_fill({hidden}, {fill})"],
@@ -114,17 +120,18 @@ class MaskWriter:
     def poison(self) -> None:
         """At times one NaN or infinity in an input.
 
-        Not in k or v under a mask of positions: a key that positions alone hide is in a tile that is never read, and eager
-        multiplies it by zero (0 * NaN = NaN). That is the one difference from eager that the op documents.
+        Under a mask of positions only a NaN in q, and only where no gradient but those of q and v is asked for: what position
+        alone hides is in a tile that is never read, where eager multiplies by zero (0 * NaN = NaN, and 0 * inf). That is the one
+        difference from eager that the op documents; a row that is NaN has to be NaN all the same.
         """
         w = self.w
         if not w.chance(8):
             return
-        able = [
-            i
-            for i, x in enumerate(w.inputs)
-            if x.kind in ("normal", "additive") and (not self.structural or x.name in ("q", "wq"))
-        ]
+        if self.structural and any(x.grad and x.name not in ("q", "v", "wq", "wv") for x in w.inputs):
+            return
+        names = ("q", "wq") if self.structural else tuple(x.name for x in w.inputs if x.kind in ("normal", "additive"))
+        able = [i for i, x in enumerate(w.inputs) if x.name in names]
         if able:
             i = w.pick(*able)
-            w.inputs[i] = replace(w.inputs[i], poison=w.pick(math.nan, math.inf, -math.inf))
+            value = w.pick(math.nan, math.inf, -math.inf)
+            w.inputs[i] = replace(w.inputs[i], poison=math.nan if self.structural else value)

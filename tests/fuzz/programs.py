@@ -129,6 +129,7 @@ class Writer(OperandWriter):
         self.autocast = self.dtype == torch.float32 and self.chance(20)
         self.low = torch.bfloat16 if self.autocast else self.dtype  # of the products
         self.half = self.low in (torch.bfloat16, torch.float16)
+        self.unshifted = False  # a softmax by hand that no row's maximum is taken from
         self.wide = False  # scores of a half-precision program that have become fp32
         self.dynamic = self.chance(12)  # four times the time of a static one
         self.s = self._sizes()
@@ -284,7 +285,8 @@ class Writer(OperandWriter):
         top = self.pick(
             f"s.amax({dim}, keepdim=True)", f"s.max(dim={dim}, keepdim=True).values", f"s.max({dim}, keepdim=True)[0].detach()"
         )
-        if self.chance(20):
+        if self.chance(20) and not self.masks.absorbing:  # of a row that is hidden whole, eager's own rounding gives the sum
+            self.unshifted = True
             self.line(f"p = torch.exp(s - torch.logsumexp(s, {dim}, keepdim=True))")
         elif self.chance(20):
             self.line(f"p = F.log_softmax(s, {dim}).exp()")
@@ -354,7 +356,8 @@ class Writer(OperandWriter):
         if form == "bool":
             given = [self.pick("attn_mask=keep_", "attn_mask=keep_.expand(*q.shape[:-1], m)")]
         elif form == "bias":
-            self.line(f"bias_ = {self.input('bias', *self.broadcast())}.to(q.dtype)")
+            shape = self.broadcast()
+            self.line(f"bias_ = {self.input('bias', *[1] * (2 - len(shape)), *shape)}.to(q.dtype)")
         elif form == "both":
             bias = self.input("bias", *self.broadcast())
             fill = self.pick("float('-inf')", f"torch.finfo({self.low}).min")
@@ -418,16 +421,20 @@ def _write(source: bytes, lengths: tuple[int, int] | None) -> tuple[Writer, Writ
         w.line(leave_out)
     if after:
         w.line(after)
+    softmaxed = len(w.lines)
     if not spoiled:
         w.around.weight()
+    weighted = len(w.lines) > softmaxed
     dropout = 0.0 if spoiled else w.dropout()
-    if not spoiled:
+    if not spoiled and not weighted:
         w.around.weight()
+        weighted = len(w.lines) > softmaxed
     w.values()
     company = w.company(bool(dropout or leave_out))
-    fused = None if min(w.s.n, w.s.m) == 1 and spoiled or w.folds() else not spoiled
     for line in company:
         w.line(line)
+    either = min(w.s.n, w.s.m) == 1 and spoiled or w.folds() or (w.unshifted and weighted)
+    fused = None if either else not spoiled
     returned += ", more" if company else ""
     return w, _finished(w, returned, fused, 2 if company else 1, dropout, start, poison=not spoiled)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import subprocess
@@ -231,6 +232,23 @@ def test_inputs_are_untouched_and_outputs_are_new() -> None:
         ATTENTION_BACKWARD(torch.ones_like(out), *inputs, captures, [], program.text, 0.0, None, out, lse, [True] * len(captures))
         for t, b in zip((*inputs, *captures), before, strict=True):
             assert torch.equal(t, b)
+
+
+@pytest.mark.parametrize("way", ["dense", "tiled", None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_is_not_part_of_the_op(way: str | None, dtype: torch.dtype) -> None:
+    """torch leaves autocast on inside of an op: its own products would be rounded to 16 bits."""
+
+    def call() -> list[torch.Tensor]:
+        inputs = [t.detach().to(dtype).requires_grad_() for t in tensors()]
+        out, _ = ATTENTION(*inputs, [torch.ones(4, 9, 13)], [], BIASED.text, 0.0, None)
+        return [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+
+    with force(way) if way else contextlib.nullcontext():
+        expected = call()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = call()
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
 
 
 # ---------------------------------------------------------------- compilers

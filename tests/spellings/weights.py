@@ -101,6 +101,20 @@ def guard_by_where(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool = F
 
 
 @spelling(*qkv(n=63), keep(2, 1, 63, 63), against="eager")
+def guard_by_comparison(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool = False) -> Tensor:
+    """NaN alone is not equal to itself; the twin hides what is."""
+    p = _scores(q, k).masked_fill(~_without_row_7(mask), -torch.inf).softmax(-1)
+    return p.masked_fill(~(p == p) if not twin else p == p, 0.0) @ v
+
+
+@spelling(*qkv(n=63), keep(2, 1, 63, 63), dtype=torch.bfloat16, against="eager")
+def guard_of_a_narrowed_softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool = False) -> Tensor:
+    """There is none in the twin."""
+    p = _scores(q, k).masked_fill(~_without_row_7(mask), -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype)
+    return (p if twin else torch.where(p != p, torch.zeros_like(p), p)) @ v
+
+
+@spelling(*qkv(n=63), keep(2, 1, 63, 63), against="eager")
 class GuardOfRows(nn.Module):
     """A select by row; the twin's is of another row."""
 
