@@ -1,19 +1,21 @@
 """A composite call opened up: the ATen calls that the tape saw it make, put in its place.
 
 Needed where attention lies inside one call, as in ``F.multi_head_attention_forward``: the pass cuts between calls, not
-inside them.
+inside them. The ATen calls are what is left of it once autocast has had its say: what it casts is a call of its own among them,
+and what it does not (inside of ``scaled_dot_product_attention`` it is off) must not be cast now: they stand in a region without.
 """
 
 from __future__ import annotations
 
 import operator
+from itertools import takewhile
 from typing import Any
 
 import torch
 import torch.fx
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.utils import _pytree as pytree
 
-from .indexing import expr_of
 from .rewrite import Splicer
 from .site import Reason, Refused
 from .tape import Shadow, Value
@@ -40,23 +42,29 @@ def inline(gm: torch.fx.GraphModule, shadow: Shadow, node: torch.fx.Node) -> Non
         Refused: a result of the call is not one that its ATen calls make.
     """
     splicer = Splicer(gm, shadow)
+    splicer.at = node
     made: dict[Value, torch.fx.Node] = {}
 
     def argument(x: Any) -> Any:
         if isinstance(x, Value):
             return made[x] if x in made else x.node
-        return splicer.size(expr_of(x)) if isinstance(x, torch.SymInt) else x
+        return splicer.scalar(x) if isinstance(x, (torch.SymInt, torch.SymFloat)) else x
 
     values = {id(v.tensor): v for r in shadow.by_node[node] for v in r.outputs}
-    with gm.graph.inserting_before(node):
+    device = next((v.tensor.device.type for r in shadow.by_node[node] for v in r.outputs), "cpu")
+    region = [None, False, None] if _autocast_at(gm.graph, node, device) else []
+    with gm.graph.inserting_before(node), torch.autocast(device, enabled=False):
+        entered = gm.graph.call_function(_enter_autocast, (device, *region)) if region else None
         for record in shadow.by_node[node]:
             args, kwargs = pytree.tree_map(
-                argument, (record.args, record.kwargs), is_leaf=lambda x: isinstance(x, (Value, torch.SymInt))
+                argument, (record.args, record.kwargs), is_leaf=lambda x: isinstance(x, (Value, torch.SymInt, torch.SymFloat))
             )
             call = splicer.call(record.func, *args, **kwargs)
             several = isinstance(call.meta["example_value"], (tuple, list))
             for value in record.outputs:
                 made[value] = splicer.call(operator.getitem, call, value.output) if several else call
+        if entered is not None:
+            gm.graph.call_function(_exit_autocast, (entered,))
     for new in splicer.added:
         new.meta[OPENED] = node.name
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
@@ -72,3 +80,14 @@ def inline(gm: torch.fx.GraphModule, shadow: Shadow, node: torch.fx.Node) -> Non
         user.replace_all_uses_with(result[user.args[1]])
         gm.graph.erase_node(user)
     gm.graph.erase_node(node)
+
+
+def _autocast_at(graph: torch.fx.Graph, node: torch.fx.Node, device: str) -> bool:
+    """Whether autocast is on where `node` stands: by the last region of the graph that is open there, else by the caller's."""
+    open_: dict[torch.fx.Node, bool] = {}
+    for other in takewhile(lambda n: n is not node, graph.nodes):
+        if other.target is _enter_autocast and other.args[0] == device:
+            open_[other] = bool(other.args[2])
+        elif other.target is _exit_autocast:
+            open_.pop(other.args[0], None)  # pyright: ignore[reportArgumentType]
+    return [torch.is_autocast_enabled(device), *open_.values()][-1]

@@ -34,7 +34,7 @@ from .together import settle
 __all__ = ["run_pass"]
 
 # Calls that may be, or hide, a softmax. A graph without any is not traced: it costs nothing.
-_SOFTMAX = re.compile(r"softmax|\bexp|logsumexp|multi_head_attention|[Ss]oftmax|einsum")
+_SOFTMAX = re.compile(r"[Ss]oftmax|\bexp2?_?\b|logsumexp|multi_head_attention|scaled_dot_product_attention|einsum")
 _OPAQUE_BODIES = ("autograd_function_apply", "custom_function_call")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import sympy
@@ -52,6 +53,7 @@ class Splicer:
         self.gm, self.shadow = gm, shadow
         self.added: list[torch.fx.Node] = []
         self.seeds: dict[Bits, torch.fx.Node] = {}
+        self.at: torch.fx.Node | None = None  # what is added stands before it
         self.changed = False
         self.liveness = Liveness(gm.graph, shadow)
         self.live = self.liveness.live()  # before anything is changed
@@ -70,7 +72,7 @@ class Splicer:
         target = match.output.node
         if target is None:
             raise Refused(Reason.NO_VALUES, "the product with the values lies inside a composite call", "a call of its own")
-        before = len(self.added)
+        before, self.at = len(self.added), target
         try:
             out = self._insert(match, scores, target, sdpa)
         except Exception:
@@ -172,19 +174,15 @@ class Splicer:
         if record.mutates:
             raise Refused(Reason.MUTATION, f"{record.op} in place inside a composite call", "out-of-place operations")
         args, kwargs = pytree.tree_map_only(Value, self._held, (record.args, record.kwargs))
-        args, kwargs = pytree.tree_map_only(torch.SymInt, lambda s: self.size(expr_of(s)), (args, kwargs))
+        args, kwargs = pytree.tree_map_only((torch.SymInt, torch.SymFloat), self.scalar, (args, kwargs))
         node = self.call(record.func, *args, **kwargs)
         return node if len(record.outputs) == 1 else self.call(operator.getitem, node, value.output)
 
     def _number(self, number: Number, like: torch.fx.Node) -> torch.fx.Node:
-        """A 0-d tensor from the node that computes a symbolic float."""
-        for node in self.gm.graph.nodes:
-            value = meta_value(node)
-            if isinstance(value, torch.SymFloat) and sympy.sympify(value.node.expr) == number.expr:
-                q = meta_value(like)
-                dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-                return self.call(torch.scalar_tensor, node, dtype=dtype, device=q.device)
-        raise Refused(Reason.NOT_EXPRESSIBLE, f"the number {number.expr} is in no node of the graph", "a number of the graph")
+        """A 0-d tensor of a symbolic float."""
+        q = meta_value(like)
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        return self.call(torch.scalar_tensor, self.number(number.expr), dtype=dtype, device=q.device)
 
     def _kept(self, node: torch.fx.Node, value: Value, match: Match) -> torch.fx.Node:
         """A copy, where something writes the tensor later: the op needs its inputs and its result again in the backward."""
@@ -251,7 +249,37 @@ class Splicer:
             first = self.call(operator.mul if expr.is_Pow else fold, first, other)
         return first
 
+    def number(self, expr: Any) -> float | torch.fx.Node:
+        """A float expression of sizes as a node: the one that the graph has, or a new one."""
+        for node in takewhile(lambda n: n is not self.at, self.gm.graph.nodes):
+            value = meta_value(node)
+            if isinstance(value, torch.SymFloat) and sympy.sympify(value.node.expr) == expr:
+                return node
+        if expr.is_number:
+            return float(expr)
+        name = type(expr).__name__
+        if name == "ToFloat":
+            return self.call(torch.sym_float, self.size(expr.args[0]))
+        fold = _FLOAT_OPS.get(name)
+        if fold is None:
+            raise Refused(Reason.NOT_EXPRESSIBLE, f"the number {expr} is in no node of the graph", "a number of the graph")
+        first, *rest = [self.number(a) for a in expr.args]
+        for other in rest:
+            first = self.call(fold, first, other)
+        return first
 
+    def scalar(self, x: torch.SymInt | torch.SymFloat) -> int | float | torch.fx.Node:
+        """A symbolic number as the argument of a call."""
+        return self.size(expr_of(x)) if isinstance(x, torch.SymInt) else self.number(x.node.expr)
+
+
+_FLOAT_OPS = {
+    "Add": operator.add,
+    "Mul": operator.mul,
+    "FloatPow": operator.pow,
+    "FloatTrueDiv": operator.truediv,
+    "IntTrueDiv": operator.truediv,
+}
 _SIZE_OPS = {
     "Add": operator.add,
     "Mul": operator.mul,

@@ -433,7 +433,8 @@ def _write(source: bytes, lengths: tuple[int, int] | None) -> tuple[Writer, Writ
     company = w.company(bool(dropout or leave_out))
     for line in company:
         w.line(line)
-    either = min(w.s.n, w.s.m) == 1 and spoiled or w.folds() or (w.unshifted and weighted)
+    by_hand = any(x.startswith("e = ") for x in w.lines)
+    either = min(w.s.n, w.s.m) == 1 and spoiled or w.folds() or (w.unshifted and weighted) or (w.s.m == 1 and by_hand)
     fused = None if either else not spoiled
     returned += ", more" if company else ""
     return w, _finished(w, returned, fused, 2 if company else 1, dropout, start, poison=not spoiled)

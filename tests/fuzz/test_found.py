@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import inf, nan
+from textwrap import dedent, indent
 from typing import Any
 
 import pytest
@@ -22,12 +23,51 @@ def qkv(shape: tuple[int, ...] = ROW, **of_q: Any) -> tuple[Input, ...]:
 def written(
     body: str, inputs: tuple[Input, ...], *, fused: bool = True, dynamic: bool = False, dtype: torch.dtype = torch.float32
 ) -> Written:
-    lines = "".join(f"    {line.strip()}\n" for line in body.strip().splitlines())
+    lines = indent(dedent(body).strip() + "\n", "    ")
     source = f"def attention({', '.join(x.name for x in inputs)}):\n{lines}"
     return Written(source, inputs, dtype, fused, dynamic, "eager", 3, 0.0)
 
 
 FOUND = {
+    # torch leaves autocast on inside of an op: the products of queries that einsum multiplies in fp32 were rounded by it.
+    "fp32 queries under autocast": written(
+        """
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            s = F.softplus(torch.einsum('bhid,bhjd->bhij', q, k))
+            out = torch.einsum('...qk,...kd->...qd', F.softmax(s, dim=-1), v)
+        return out
+        """,
+        tuple(Input(name, (2, 3, 33, 1), grad=True, scale=4.0) for name in "qkv"),
+    ),
+    # The calls that are left of a composite one were put under autocast once more, which is off inside of it.
+    "torch's own attention under autocast": written(
+        """
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=keep, scale=0.125)
+        return out
+        """,
+        (
+            Input("q", (6, 17, 16), grad=True),
+            Input("k", (6, 17, 16), scale=4.0),
+            Input("v", (6, 17, 1), scale=4.0),
+            Input("keep", (6, 17, 17), "keep", dtype=torch.bool, dead=True),
+        ),
+    ),
+    # The scale of a composite call is a number of sizes that no node holds.
+    "torch's own attention with a head dim that is dynamic": written(
+        """
+        q, k, v = q.unflatten(1, (1, 3)), k.unsqueeze(2), v.unsqueeze(2)
+        keep = (keep > 0) & ~torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril(0)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=keep.expand(*q.shape[:-1], k.shape[-2]))
+        """,
+        (
+            Input("q", (2, 3, 63, 40), grad=True),
+            Input("k", (2, 1, 63, 40)),
+            Input("v", (2, 1, 63, 40), grad=True),
+            Input("keep", (2, 1, 1, 1, 63), "keep", dtype=torch.int64),
+        ),
+        dynamic=True,
+    ),
     # The mean of a row that a mask hides in part is -inf: eager is NaN, the softmax of the unshifted scores is not.
     "a shift that is not finite": written(
         """
