@@ -47,7 +47,8 @@ def find_anchors(shadow: Shadow) -> list[Anchor]:
         if not _is_softmax(record):
             continue
         if record.op == "sum.dim_IntList":  # of the numbers that are divided by it, or of others made in the same way
-            starts = [record.args[0], *_quotients(users, record)]
+            direct = [record.args[0]] if _is_exponential(record.args[0]) else []
+            starts = [*direct, *_quotients(users, record)]
         else:
             starts = [record.outputs[0] if record.op.endswith("_softmax.default") else record.args[0]]
         products = list(islice(_products(users, *starts), MAX_PRODUCTS))
@@ -72,32 +73,38 @@ def _is_softmax(record: Record) -> bool:
     return _of_exponentials(record.args[0])
 
 
+def _is_exponential(value: Value) -> bool:
+    return value.record is not None and value.record.op == "exp.default"
+
+
 def _of_exponentials(value: Value) -> bool:
     """Whether a value is an exponential, or a few masks and factors away from one."""
     todo, looked_at = [value], 0
     while todo and looked_at < MAX_EDITS:
-        record, looked_at = todo.pop(0).record, looked_at + 1
-        if record is None:
-            continue
-        if record.op == "exp.default":
+        value, looked_at = todo.pop(0), looked_at + 1
+        if _is_exponential(value):
             return True
-        if record.op in EDITS or record.op in VIEWS:
-            todo += record.inputs
+        if value.record is not None and (value.record.op in EDITS or value.record.op in VIEWS):
+            todo += value.record.inputs
     return False
 
 
 def _quotients(users: dict[Value, list[Record | Value]], total: Record) -> Iterator[Value]:
     """What is divided by a sum, or multiplied by its inverse: results of the size of what was summed."""
     full, small = _size(total.args[0]), _size(total.outputs[0])
-    todo, seen = [total.outputs[0]], {total.outputs[0]}
+    todo, seen = [(total.outputs[0], False)], {total.outputs[0]}
     while todo and len(seen) < MAX_EDITS:
-        for record in users.get(todo.pop(0), ()):
-            for out in () if isinstance(record, Value) else record.outputs:
-                if same(_size(out), small) and out not in seen:
-                    seen.add(out)
-                    todo.append(out)
-                elif record.op in ("div.Tensor", "mul.Tensor") and same(_size(out), full):
-                    yield out
+        value, inverse = todo.pop(0)
+        for record in users.get(value, ()):
+            if isinstance(record, Value) or len(record.outputs) != 1:
+                continue
+            (out,) = record.outputs
+            divides = record.op == "div.Tensor" and record.args[1] is value
+            if same(_size(out), small) and out not in seen:
+                seen.add(out)
+                todo.append((out, inverse or divides or record.op == "reciprocal.default"))
+            elif (divides or (inverse and record.op == "mul.Tensor")) and same(_size(out), full):
+                yield out
 
 
 def reaches_product(users: dict[Value, list[Record | Value]], start: Value) -> tuple[Record, int] | None:
