@@ -18,11 +18,15 @@ import sympy
 from .describe import PRODUCTS
 from .indexing import expr_of, same
 from .tape import Record, Shadow, Value
+from .views import VIEWS
 
 __all__ = ["Anchor", "find_anchors", "reaches_product"]
 
 MAX_REACH = 400  # calls between a softmax and its product with values
+MAX_EDITS = 12  # calls between an exponential and the sum over keys, and between the sum and the quotient
 MAX_PRODUCTS = 8  # of one softmax that are looked at: a further one reads the probabilities, as anything may
+
+EDITS = frozenset({"mul.Tensor", "mul.Scalar", "where.self", "masked_fill.Scalar", "masked_fill.Tensor", "_to_copy.default"})
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,12 @@ def find_anchors(shadow: Shadow) -> list[Anchor]:
     for record in shadow.records:
         if not _is_softmax(record):
             continue
-        start = record.outputs[0] if record.op.endswith("_softmax.default") else record.args[0]
-        products = list(islice(_products(users, start), MAX_PRODUCTS))
+        if record.op == "sum.dim_IntList":  # of the numbers that are divided by it, or of others made in the same way
+            direct = [record.args[0]] if _is_exponential(record.args[0]) else []
+            starts = [*direct, *_quotients(users, record)]
+        else:
+            starts = [record.outputs[0] if record.op.endswith("_softmax.default") else record.args[0]]
+        products = list(islice(_products(users, *starts), MAX_PRODUCTS))
         if products:
             anchors.append(anchor := Anchor(record, *products[0]))
             further[anchor] = [Anchor(record, *found, anchor) for found in products[1:]]
@@ -62,8 +70,41 @@ def _is_softmax(record: Record) -> bool:
         return True
     if record.op != "sum.dim_IntList" or not isinstance(record.args[0], Value):
         return False
-    source = record.args[0].record
-    return source is not None and source.op == "exp.default"
+    return _of_exponentials(record.args[0])
+
+
+def _is_exponential(value: Value) -> bool:
+    return value.record is not None and value.record.op == "exp.default"
+
+
+def _of_exponentials(value: Value) -> bool:
+    """Whether a value is an exponential, or a few masks and factors away from one."""
+    todo, looked_at = [value], 0
+    while todo and looked_at < MAX_EDITS:
+        value, looked_at = todo.pop(0), looked_at + 1
+        if _is_exponential(value):
+            return True
+        if value.record is not None and (value.record.op in EDITS or value.record.op in VIEWS):
+            todo += value.record.inputs
+    return False
+
+
+def _quotients(users: dict[Value, list[Record | Value]], total: Record) -> Iterator[Value]:
+    """What is divided by a sum, or multiplied by its inverse: results of the size of what was summed."""
+    full, small = _size(total.args[0]), _size(total.outputs[0])
+    todo, seen = [(total.outputs[0], False)], {total.outputs[0]}
+    while todo and len(seen) < MAX_EDITS:
+        value, inverse = todo.pop(0)
+        for record in users.get(value, ()):
+            if isinstance(record, Value) or len(record.outputs) != 1:
+                continue
+            (out,) = record.outputs
+            divides = record.op == "div.Tensor" and record.args[1] is value
+            if same(_size(out), small) and out not in seen:
+                seen.add(out)
+                todo.append((out, inverse or divides or record.op == "reciprocal.default"))
+            elif (divides or (inverse and record.op == "mul.Tensor")) and same(_size(out), full):
+                yield out
 
 
 def reaches_product(users: dict[Value, list[Record | Value]], start: Value) -> tuple[Record, int] | None:
@@ -71,9 +112,9 @@ def reaches_product(users: dict[Value, list[Record | Value]], start: Value) -> t
     return next(_products(users, start), None)
 
 
-def _products(users: dict[Value, list[Record | Value]], start: Value) -> Iterator[tuple[Record, int]]:
+def _products(users: dict[Value, list[Record | Value]], *starts: Value) -> Iterator[tuple[Record, int]]:
     """Such products, the nearest first, and the position of the value among their factors."""
-    todo, seen = [start], {start}
+    todo, seen = list(starts), set(starts)
     while todo and len(seen) < MAX_REACH:
         value = todo.pop(0)
         for record in users.get(value, ()):

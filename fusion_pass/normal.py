@@ -6,8 +6,15 @@ Rules, each an identity of IEEE arithmetic too, up to rounding; c is the largest
     exp(x_r) * (1 / sum_k exp(x_k))  = softmax(x)_r
     exp(x_r - logsumexp_k(x_k))      = softmax(x)_r
     exp(log_softmax(x)_r)            = softmax(x)_r
+    exp(x_r - c) / (n + sum_k exp(x_k - c))  = softmax(x)_r      0 < n: no more than half a unit in the last place of 1
     softmax(x - c)                   = softmax(x)
     softmax(a (x - c))               = softmax(a x)
+    softmax(x - c + l)               = softmax(x + l)            l is 0 or -inf: a mask that is applied after the shift
+
+The exponentials may have masks for factors, or come from a softmax that is masked and divided by its sum again: see `exponents`.
+
+The n above is added against a division by zero.  The sum has exp(0) among its terms, so that it is 1 at least: what is added is
+lost to rounding in the dtype of the sum.  Where n is larger, or the sum can be smaller, nothing goes.
 
 A softmax of which one column is no key, or whose sum has one more term, is one with a sink: see `sinks`.
 
@@ -17,7 +24,8 @@ x / +inf and exp(x - +inf) are (`Program.inf_rows`).  After a shift it is, for t
 
 The shift, where values are not finite.  A row of -inf has c = -inf, and x - c is NaN throughout: so is its softmax.  A row
 with +inf or NaN has such a c; x - c is NaN at that place, and one NaN makes the whole row NaN.  With a < 0 it would not: a x
-turns +inf into -inf, which a softmax takes for a masked key.
+turns +inf into -inf, which a softmax takes for a masked key.  A mask after the shift leaves NaN where it is, for NaN + -inf is,
+and where x is +inf: there x + l is +inf, or NaN.
 
 The shift, in the backward.  The gradient of a softmax with respect to its scores, ds = p (dp - sum_k p dp), sums to 0 over
 the row.  c has -sum_k ds (times a) for its gradient, which is 0 whichever of several equal maxima it goes to, and whether c
@@ -32,9 +40,11 @@ from __future__ import annotations
 import math
 
 import sympy
+import torch
 from fusion_kernels.program import Node, apply
 
 from .describe import Describer
+from .exponents import exponent_of, is_mask
 from .shifts import is_row_maximum
 from .sinks import log_of, settled, with_sink
 
@@ -65,15 +75,16 @@ def as_softmax(d: Describer, node: Node, position: sympy.Symbol) -> Node | None:
         return None
     at, total = quotient
     total, rest = _sum_and_rest(total)
-    if at.op != "exp" or total.op != "sum" or total.args[0].op != "exp":
+    above, below = exponent_of(d, at), exponent_of(d, total.args[0]) if total.op == "sum" else None
+    if above is None or below is None or above.up_to_rows != below.up_to_rows:
         return None
-    body, axis = total.args[0].args[0], total.attr[0]  # pyright: ignore
-    if rest is None:
-        return _matched(d, at.args[0], body, axis, position)
+    axis = total.attr[0]  # pyright: ignore
+    if rest is None or _is_lost(d, rest, total, below.node, axis):
+        return _matched(d, above.node, below.node, axis, position, inf_rows=not below.up_to_rows)
     sink = log_of(rest)
-    if sink is None or d.substitute(body, {axis: position}) is not at.args[0]:
+    if sink is None or below.up_to_rows or d.substitute(below.node, {axis: position}) is not above.node:
         return None
-    return settled(d, body, *sink, axis, position, inf_rows=True)
+    return settled(d, below.node, *sink, axis, position, inf_rows=True)
 
 
 def _quotient(node: Node) -> tuple[Node, Node] | None:
@@ -95,11 +106,21 @@ def _sum_and_rest(total: Node) -> tuple[Node, Node | None]:
     return total, None
 
 
-def _matched(d: Describer, at: Node, body: Node, axis: sympy.Symbol, position: sympy.Symbol) -> Node | None:
+def _is_lost(d: Describer, rest: Node, total: Node, body: Node, axis: sympy.Symbol) -> bool:
+    """Whether a number is lost to rounding when it is added to `total`, the sum of exp(body): one of them is exp(0)."""
+    if rest.op != "const" or not (body.op == "sub" and is_row_maximum(d, body.args[1], body.args[0], axis)):
+        return False
+    units = [torch.finfo(value.dtype).eps for value, _ in d.held.get(total, ())]
+    return bool(units) and 0 <= rest.attr <= min(units) / 4  # pyright: ignore[reportOperatorIssue]
+
+
+def _matched(
+    d: Describer, at: Node, body: Node, axis: sympy.Symbol, position: sympy.Symbol, *, inf_rows: bool = True
+) -> Node | None:
     """softmax of `body` over `axis`, if `at` is `body` with the axis at `position`, or one further."""
     for place in (position, position + 1):
         if d.substitute(body, {axis: place}) is at:
-            return _softmax(d, body, axis, place, position, inf_rows=True)
+            return _softmax(d, body, axis, place, position, inf_rows=inf_rows)
     return None
 
 
@@ -123,6 +144,9 @@ def _unshifted(d: Describer, body: Node, axis: sympy.Symbol) -> Node:
     if body.op == "narrowed":
         inner = _unshifted(d, body.args[0], axis)
         return body if inner is body.args[0] else inner
+    if body.op == "add" and is_mask(body.args[1]):
+        inner = _unshifted(d, body.args[0], axis)
+        return body if inner is body.args[0] else apply("add", inner, body.args[1])
     if body.op in ("mul", "div") and _is_positive(body.args[1]):
         inner = _unshifted(d, body.args[0], axis)
         return body if inner is body.args[0] else apply(body.op, inner, body.args[1])

@@ -180,7 +180,11 @@ class _Run:
         return True
 
     def _agree(self, anchors: list[Anchor]) -> None:
-        """Let sites with several products compute those that others compute: who has no choice goes first."""
+        """Let sites with several products compute those that others compute: who has no choice goes first.
+
+        Not where its own product is made from such a one, as in a layer that adds the scores of the layer before: then that
+        one has to be loaded, for the other cannot be.
+        """
         found: list[tuple[Anchor, Match]] = []
         for anchor in anchors:
             if anchor.product.node.name not in self.closed:
@@ -188,9 +192,15 @@ class _Run:
                     found.append((anchor, self._match(anchor)))
         computed: set[int] = set()
         for anchor, chosen in sorted(found, key=lambda f: len(f[1].products)):
-            if chosen.product not in computed and chosen.products & computed:
-                self.matches[anchor] = chosen = match(self.shadow, anchor, computed)
+            before = {p for p in chosen.products & computed if not self._is_made_from(chosen.product, p)}
+            if chosen.product not in computed and before:
+                self.matches[anchor] = chosen = match(self.shadow, anchor, before)
             computed.add(chosen.product)
+
+    def _is_made_from(self, product: int, other: int) -> bool:
+        """Whether the result of call number `other` is read, at whatever distance, by call number `product`."""
+        (record,) = self.shadow.between(product, product)
+        return record.outputs[0] in self.shadow.made_from(other, product)
 
     def _together(self, prepared: list[tuple[Site, Splice | None]]) -> list[Site]:
         """The sites with the last word on them: those stay that share what they make with each other alone."""

@@ -163,6 +163,18 @@ def _masked_fill(d: Describer, record: Record, index: Any, value: Value) -> Node
     return _select(mask, cast(fill, value.dtype), x)
 
 
+def _index_put(d: Describer, record: Record, index: Any, value: Value) -> Node | None:
+    """``x[:, mask] = number``: a choice, where the mask is of bools and the number one for all."""
+    x, places, number = record.args[:3]
+    accumulate = record.args[3] if len(record.args) > 3 else record.kwargs.get("accumulate", False)
+    masks = [(dim, place) for dim, place in enumerate(places) if place is not None]
+    if accumulate or len(masks) != 1 or masks[0][1].dtype != torch.bool or any(expr_of(s) != 1 for s in number.shape):
+        return None
+    dim, mask = masks[0]
+    at = d.element(mask, index[dim : dim + len(mask.shape)])
+    return _select(at, cast(d.arg(number, record, index), value.dtype), d.element(x, index))
+
+
 def clamped(x: Node, low: Node | None, high: Node | None) -> Node:
     """where-forms with the gradient of torch's clamp: 1 inside the closed interval, 0 outside and at NaN."""
     inner = x if high is None else apply("where", apply("gt", *promote(x, high)), *promote(high, x))
@@ -311,6 +323,7 @@ RULES: dict[str, Rule] = {
     **{f"{kind}_{name}": _logic(name) for kind in ("logical", "bitwise") for name in ("and", "or", "xor", "not")},
     "where": _where,
     "masked_fill": _masked_fill,
+    "index_put": _index_put,
     "clamp": _clamp("clamp"),
     "clamp_min": _clamp("clamp_min"),
     "clamp_max": _clamp("clamp_max"),
@@ -327,4 +340,5 @@ RULES: dict[str, Rule] = {
     "fill": _first,
     "copy": _first,
     "_to_copy": _to_copy,
+    "lift_fresh": lambda d, r, i, v: d.arg(r.args[0], r, i),
 }

@@ -53,6 +53,27 @@ def reciprocal(s: Tensor) -> Tensor:
     return e * (1 / e.sum(-1, keepdim=True))
 
 
+def exponential_twice(s: Tensor) -> Tensor:
+    return s.exp() / s.exp().sum(-1, keepdim=True)
+
+
+def masked_after_the_shift(s: Tensor) -> Tensor:
+    """Keys 2 and 40 and more are hidden by a factor, which leaves NaN where it is."""
+    e = torch.exp(s - s.amax(-1, keepdim=True)) * SHOWN.float()
+    return e / e.sum(-1, keepdim=True)
+
+
+def masked_and_normalised(s: Tensor) -> Tensor:
+    p = s.softmax(-1) * SHOWN
+    return p / p.sum(-1, keepdim=True)
+
+
+def masked_exponentials(s: Tensor) -> Tensor:
+    """Of keys that are not shown an infinite one makes the row NaN."""
+    e = s.exp() * (torch.arange(M) % 5 != 3).float()
+    return e / e.sum(-1, keepdim=True)
+
+
 def softmax_one(s: Tensor) -> Tensor:
     e = s.exp()
     return e / (1 + e.sum(-1, keepdim=True))
@@ -68,8 +89,20 @@ def logsumexp_with_infinite_sink(s: Tensor) -> Tensor:
     return logsumexp_with_sink(s, inf)
 
 
-THROUGHOUT = (softmax, log_softmax, shifted, logsumexp_of_shifted, softmax_with_sink)
-ALONE = (logsumexp, quotient, reciprocal, softmax_one, logsumexp_with_sink, logsumexp_with_infinite_sink)
+SHOWN = torch.arange(M) % 3 != 2
+THROUGHOUT = (
+    softmax, log_softmax, shifted, logsumexp_of_shifted, softmax_with_sink, masked_after_the_shift, masked_and_normalised,
+)  # fmt: skip
+ALONE = (
+    logsumexp,
+    quotient,
+    reciprocal,
+    exponential_twice,
+    masked_exponentials,
+    softmax_one,
+    logsumexp_with_sink,
+    logsumexp_with_infinite_sink,
+)
 HIDDEN = torch.arange(N)[:, None] < torch.arange(M)
 MASKS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda s: s,

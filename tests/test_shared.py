@@ -382,6 +382,22 @@ def test_the_product_that_is_computed(swapped: bool) -> None:
         assert [capture.shape for capture in site.captures] == [wanted]
 
 
+def test_scores_that_a_later_layer_adds() -> None:
+    """Its queries are made of what the first layer gives: its own product is computed, for it cannot be loaded."""
+
+    def layers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        first = scores_of(q, k)
+        x = first.softmax(-1) @ v
+        return (scores_of(x.relu(), x) + first).softmax(-1) @ x
+
+    inputs = operands(63, 63)[:3]
+    recorder = Recorder()
+    fused = run(compile_always(layers, recorder), inputs)
+    report = fusion_pass.last_report()
+    assert [s.verdict.reason for s in report.sites] == [SCORES, None], sites_text(report)
+    assert_rule(fused, run(layers, inputs), exactly(layers, inputs))
+
+
 def test_a_refusal_names_the_reader() -> None:
     compiled(products_and_scores, Recorder("eager"), "probabilities")(*operands(17, 63))
     seen = [site.verdict.seen for site in fusion_pass.last_report().sites]

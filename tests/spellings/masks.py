@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusion_pass.site import Reason
 from spellings.table import keep, padding, qkv, spelling, t
 
 LOW = torch.finfo(torch.float32).min
@@ -229,3 +230,32 @@ def fully_absorbed_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: boo
     """Adding -1e9 absorbs all but the last bits of the scores; float64 would keep them."""
     bias = (1 - (mask.flip(0) if twin else mask).to(q.dtype)).unsqueeze(-1) * -1e9
     return (scores_of(q, k) * 0.25 + bias).softmax(-1) @ v
+
+
+@spelling(*qkv(n=63, m=129), keep(2, 1, 63, 129), dynamic=True, refused=Reason.MUTATION)
+def written_where_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool = False) -> Tensor:
+    """By an index of bools. The twin writes to the first key of the batch's first row as well."""
+    scores = scores_of(q, k)
+    scores[~mask.expand_as(scores)] = -torch.inf
+    if twin:
+        scores[0, :, :, 0] = 1.0
+    return scores.softmax(-1) @ v
+
+
+@spelling(*qkv(n=129), mask="causal")
+def written_above_the_diagonal(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
+    """The mask has two of the four dims."""
+    scores = scores_of(q, k)
+    scores[:, :, torch.ones(129, 129, dtype=torch.bool, device=q.device).triu(2 if twin else 1)] = LOW
+    return scores.softmax(-1) @ v
+
+
+@spelling(*qkv(n=63), padding(2, 63), t(2, 3, 63, 63), t())
+def bias_written_where_masked(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor, number: Tensor, twin: bool = False
+) -> Tensor:
+    """With a number that has a gradient. The twin's values are twice as large."""
+    scores = scores_of(q, k) + bias
+    hidden = ~mask[:, None, None].expand(2, 3, 63, 63)
+    scores = torch.index_put(scores, (hidden,), number, accumulate=False)
+    return scores.softmax(-1) @ (v * 2 if twin else v)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusion_pass.site import Reason
-from spellings.table import keep, qkv, spelling, t
+from spellings.table import keep, padding, qkv, spelling, t
 
 
 @spelling(*qkv(), refused=Reason.SOFTMAX_DIM)
@@ -169,3 +169,110 @@ def contiguous_and_clone(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) ->
 def dropout_off(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     p = F.dropout((q @ k.mT * (0.5 if twin else 0.25)).softmax(-1), p=0.5, training=False)
     return F.dropout(p, p=0.0, training=True) @ v
+
+
+# ---------------------------------------------------------------- exponentials masked, written twice, or summed with more
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.mT * 0.25
+
+
+def _without_row_7(mask: Tensor) -> Tensor:
+    """The mask, with a row that shows no key."""
+    return mask & (torch.arange(mask.shape[-2], device=mask.device)[:, None] != 7)
+
+
+@spelling(*qkv(n=63, m=129), dynamic=True, refused=Reason.PROBABILITIES_EDITED)
+def exponential_twice(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
+    """The twin divides by the sum of other exponentials."""
+    scores = _scores(q, k)
+    return (scores.exp() / (scores * 0.5 if twin else scores).exp().sum(-1, keepdim=True)) @ v
+
+
+@spelling(*qkv(n=63))
+def exponential_twice_shifted(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
+    scores = _scores(q, k) * (0.5 if twin else 1.0)
+    top = scores.max(-1, keepdim=True).values
+    return (torch.exp(scores - top) / torch.exp(scores - top).sum(-1, keepdim=True)) @ v
+
+
+@spelling(*qkv(n=63), refused=Reason.PROBABILITIES_EDITED)
+def softmax_one_of_two_exponentials(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
+    """The twin adds a negative number to the sum."""
+    scores = _scores(q, k)
+    return (scores.exp() / ((-0.5 if twin else 1.0) + scores.exp().sum(-1, keepdim=True))) @ v
+
+
+@spelling(*qkv(n=63, m=129), keep(2, 1, 63, 129), dynamic=True, refused=Reason.PROBABILITIES_EDITED)
+def exponentials_times_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool = False) -> Tensor:
+    """Row 7 has no key: NaN, and so is its gradient. The twin sums what is not masked."""
+    e = _scores(q, k).exp()
+    masked = e * _without_row_7(mask).float()
+    return (masked / (e if twin else masked).sum(-1, keepdim=True)) @ v
+
+
+@spelling(*qkv(n=129), padding(2, 129), refused=Reason.PROBABILITIES_EDITED)
+def exponentials_times_padding_after_the_shift(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool = False) -> Tensor:
+    """The twin's factor is a tensor of floats, which may hold any number."""
+    scores = _scores(q, k)
+    e = torch.exp(scores - scores.amax(-1, keepdim=True))
+    factor = mask[:, None, None].to(q.dtype)
+    e = e * (torch.where(mask, 1.0, 0.5)[:, None, None] if twin else factor)
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+@spelling(*qkv(n=63), padding(2, 63), dtype=torch.bfloat16)
+def exponentials_times_what_is_not_hidden(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool = False) -> Tensor:
+    scores = (_scores(q, k) * (0.5 if twin else 1.0)).float()
+    e = torch.exp(scores - scores.amax(-1, keepdim=True).detach()) * (1.0 - (~mask)[:, None, None].float())
+    return (e / e.sum(-1, keepdim=True)).to(q.dtype) @ v
+
+
+@spelling(*qkv(n=129), mask="causal", refused=Reason.PROBABILITIES_EDITED)
+def exponentials_times_a_triangle(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
+    """The twin chooses: the gradient of an infinite score that it hides is NaN."""
+    shown = torch.ones(129, 129, device=q.device).tril().bool()
+    e = _scores(q, k).exp()
+    e = torch.where(shown, e, 0.0) if twin else e * shown.float()
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+@spelling(*qkv(n=63), keep(2, 1, 63, 63))
+def masked_sum_and_a_number(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool = False) -> Tensor:
+    """A number in the sum is a sink: row 7, which has no key, is 0."""
+    e = _scores(q, k).exp() * _without_row_7(mask)
+    return (e / (e.sum(-1, keepdim=True) + (0.1 if twin else 1e-3))) @ v
+
+
+@spelling(*qkv(n=63), keep(2, 1, 63, 63), refused=Reason.PROBABILITIES_EDITED)
+def number_lost_in_the_sum(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool = False) -> Tensor:
+    """exp(0) is in the sum, and 1 + 1e-9 is 1. The twin's number is not lost."""
+    scores = _scores(q, k).masked_fill(~_without_row_7(mask), -torch.inf)
+    e = torch.exp(scores - scores.max(-1, keepdim=True)[0])
+    return (e / (e.sum(-1, keepdim=True) + (1e-6 if twin else 1e-9))) @ v
+
+
+@spelling(*qkv(n=63), padding(2, 63), refused=Reason.PROBABILITIES_EDITED)
+def number_lost_in_the_sum_of_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool = False) -> Tensor:
+    """The twin masks after the shift: then exp(0) need not be in the sum."""
+    hidden = ~mask[:, None, None]
+    scores = _scores(q, k) if twin else _scores(q, k).masked_fill(hidden, -1e9)
+    e = torch.exp(scores - scores.amax(-1, keepdim=True))
+    e = e * mask[:, None, None].float() if twin else e
+    return (e / (1e-10 + e.sum(-1, keepdim=True))) @ v
+
+
+@spelling(*qkv(n=63, m=129), keep(2, 1, 63, 129), refused=Reason.PROBABILITIES_EDITED)
+def masked_and_normalised_again(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool = False) -> Tensor:
+    """The sum of what a mask leaves may be as small as anything: the twin's number is not lost."""
+    p = _scores(q, k).softmax(-1) * _without_row_7(mask)
+    return (p / (p.sum(-1, keepdim=True) + (1e-13 if twin else 0))) @ v
+
+
+@spelling(*qkv(n=63), keep(2, 1, 63, 63), refused=Reason.PROBABILITIES_EDITED)
+def normalised_again(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool = False) -> Tensor:
+    """The twin fills: of a row with a NaN that hides one of several."""
+    p = _scores(q, k).softmax(-1)
+    p = p.masked_fill(~mask, 0.0) if twin else p
+    return (p / p.sum(-1).unsqueeze(-1)) @ v
