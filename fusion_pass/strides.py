@@ -17,7 +17,7 @@ from functools import cmp_to_key
 from typing import Any
 
 import torch
-import torch.fx
+import torch.fx.node
 from fusion_kernels.op import ATTENTION
 from torch import Tensor
 from torch.fx import Node
