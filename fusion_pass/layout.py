@@ -19,7 +19,7 @@ import sympy
 
 from .indexing import Axes, Div, Mod, _divides, _nonnegative, expr_of, same
 
-__all__ = ["Step", "linear_terms", "view_steps"]
+__all__ = ["Step", "larger", "linear_terms", "view_steps"]
 
 Step = tuple  # ("narrow", dim, start, length) ("select", dim, i) ("unflatten", dim, sizes) ("permute", dims) ("unsqueeze", dim)
 # ("expand", sizes) ("reshape", sizes): sizes are sympy expressions
@@ -43,10 +43,10 @@ def linear_terms(axes: Axes, expr: sympy.Expr) -> tuple[sympy.Expr, list[tuple[s
         if axes.of(coefficient) or coefficient.as_coeff_Mul()[0] <= 0:
             return None
         terms.append((coefficient, axis))
-    return offset, sorted(terms, key=cmp_to_key(_larger))
+    return offset, sorted(terms, key=cmp_to_key(larger))
 
 
-def _larger(a: tuple[sympy.Expr, sympy.Symbol], b: tuple[sympy.Expr, sympy.Symbol]) -> int:
+def larger(a: tuple[sympy.Expr, sympy.Symbol], b: tuple[sympy.Expr, sympy.Symbol]) -> int:
     if same(a[0], b[0]):
         return 0
     if (a[0] / b[0]).is_number:

@@ -29,6 +29,7 @@ from .liveness import Liveness
 from .match import Match
 from .scores import Number, Scores
 from .site import Reason, Refused
+from .strides import memory_order, noticed
 from .tape import Shadow, Value, meta_value
 
 __all__ = ["Splice", "Splicer"]
@@ -54,7 +55,7 @@ class Splicer:
         self.added: list[torch.fx.Node] = []
         self.seeds: dict[Bits, torch.fx.Node] = {}
         self.at: torch.fx.Node | None = None  # what is added stands before it
-        self.changed = False
+        self.stands: list[Splice] = []  # those that were committed
         self.liveness = Liveness(gm.graph, shadow)
         self.live = self.liveness.live()  # before anything is changed
         self.symbols = self._symbol_sources()
@@ -91,7 +92,7 @@ class Splicer:
         splice.target.replace_all_uses_with(splice.out)
         self.liveness.replace(splice.target, splice.out)
         splice.match.output.node = splice.out
-        self.changed = True
+        self.stands.append(splice)
 
     def withdraw(self, splice: Splice) -> None:
         """Take the op out again: nothing reads it."""
@@ -135,7 +136,7 @@ class Splicer:
     def finish(self) -> None:
         """Erase the nodes of the fused sites that nothing needs, and those that only read them."""
         self._erase(seed for seed in self.seeds.values() if not seed.users)
-        if not self.changed:
+        if not self.stands:
             return
         live = self.liveness.live()
         dead = {n for n in self.live - live if n.op not in ("placeholder", "output")}
@@ -145,8 +146,27 @@ class Splicer:
         for node in reversed(list(self.gm.graph.nodes)):
             if node in dead and not node.users:
                 self.gm.graph.erase_node(node)
+        self._order()
         self.gm.graph.lint()
         self.gm.recompile()
+
+    def _order(self) -> None:
+        """Copy the results of which somebody notices the strides into eager's order."""
+        results = {s.out: s.match.output.tensor for s in self.stands}
+        while found := noticed(self.gm.graph, self.shadow, results):
+            for out in found:
+                self._copy(out, results.pop(out))
+
+    def _copy(self, node: torch.fx.Node, like: torch.Tensor) -> None:
+        """Hand what reads a node a copy of it, in the memory order of `like`."""
+        users, order = list(node.users), memory_order(like)
+        turned = order != sorted(order)
+        with self.gm.graph.inserting_before(node.next):
+            copy = self.call("contiguous", self.call("permute", node, *order) if turned else node)
+            if turned:
+                copy = self.call("permute", copy, *(order.index(i) for i in range(len(order))))
+        for user in users:
+            user.replace_input_with(node, copy)
 
     # ------------------------------------------------------------ making nodes
 

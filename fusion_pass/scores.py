@@ -229,8 +229,9 @@ class _Writer:
         return [(v, i) for v, i in self._held(node) if not shadow.written_between(v, v.seq, end)]
 
     def _spoiled(self, node: Node) -> bool:
-        """Whether something below is in no tensor any more: it was overwritten by what became of it."""
-        return any(n.op in ("value", "dot") and self._held(n) and not self._holders(n) for n in postorder(node))
+        """Whether something below is in no tensor: it was overwritten by what became of it, or never stood alone (addmm)."""
+        parts = (n for n in postorder(node) if n.op == "dot" or (n.op == "value" and self._held(n)))
+        return any(not self._holders(n) for n in parts)
 
     def _load(self, node: Node) -> Node | None:
         """Read the part from the smallest tensor that holds it."""

@@ -99,3 +99,19 @@ def bias_projected(q: Tensor, k: Tensor, v: Tensor, pair: Tensor, weight: Tensor
     features = torch.cat([pair, pair.sin(), pair.cos(), pair * 0.5], 1).permute(0, 2, 3, 1)
     bias = (features @ weight).permute(0, 3, 1, 2)
     return (q @ k.mT * 0.25 + (bias.flip(1) if twin else bias)).softmax(-1) @ v
+
+
+@spelling(*qkv(n=9, m=9), t(9, 9, 2), dynamic=True)
+class BiasOfPositions(nn.Module):
+    """Swin v2-CR: a network of the two positions, its last layer with a bias of its own (addmm)."""
+
+    def __init__(self, twin: bool = False) -> None:
+        super().__init__()
+        self.twin = twin
+        self.inner, self.outer = nn.Linear(2, 5), nn.Linear(5, 3)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, places: Tensor) -> Tensor:
+        n = q.shape[2]
+        bias = self.outer(self.inner(places.view(n * n, 2)).relu())
+        bias = bias.reshape(n, n, 3).permute(2, 1, 0) if self.twin else bias.T.reshape(3, n, n)
+        return (q @ k.mT * 0.25 + bias).softmax(-1) @ v
