@@ -18,10 +18,10 @@ GUARDS = (
 
 
 class AroundWriter:
-    """Writes for a `Writer`."""
+    """Writes for a `Writer`. selects: whether some probabilities are chosen to be 0."""
 
     def __init__(self, writer: Any) -> None:
-        self.w = writer
+        self.w, self.selects = writer, False
 
     def column(self) -> str:
         """A column that takes part in the softmax alone, at times; the slice that leaves it out again, or an empty text."""
@@ -51,6 +51,7 @@ class AroundWriter:
         if not w.chance(8):
             return
         kind = w.pick("heads", "mask", "mask", "again", "guard", "number")
+        self.selects |= kind in ("guard", "mask")
         if kind == "guard":
             return w.line(w.pick(*GUARDS))
         if kind == "number":

@@ -130,6 +130,8 @@ class MaskWriter:
         if self.structural and any(x.grad and x.name not in ("q", "v", "wq", "wv") for x in w.inputs):
             return
         names = ("q", "wq") if self.structural else tuple(x.name for x in w.inputs if x.kind in ("normal", "additive"))
+        if w.around.selects:  # delta is read from the result, which has the NaN of a value that is hidden after the softmax
+            names = tuple(n for n in names if n not in ("v", "wv", "x", "y"))
         able = [i for i, x in enumerate(w.inputs) if x.name in names]
         if able:
             i = w.pick(*able)
