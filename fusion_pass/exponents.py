@@ -27,7 +27,7 @@ from fusion_kernels.program import Node, apply, const
 
 from .describe import Describer
 
-__all__ = ["Exponent", "exponent_of", "is_mask"]
+__all__ = ["Exponent", "exponent_of"]
 
 ZERO, ONE, NEVER = const(0.0), const(1.0), const(-math.inf)
 
@@ -54,11 +54,6 @@ def exponent_of(d: Describer, node: Node) -> Exponent | None:
             if found is not None:
                 return Exponent(apply("add", found.node, apply("where", kept, ZERO, NEVER)), found.up_to_rows)
     return None
-
-
-def is_mask(node: Node) -> bool:
-    """Whether `node` is ``where(c, 0, -inf)``."""
-    return node.op == "where" and node.args[1:] == (ZERO, NEVER)
 
 
 def _condition(factor: Node) -> Node | None:

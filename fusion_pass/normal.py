@@ -9,7 +9,7 @@ Rules, each an identity of IEEE arithmetic too, up to rounding; c is the largest
     exp(x_r - c) / (n + sum_k exp(x_k - c))  = softmax(x)_r      0 < n: no more than half a unit in the last place of 1
     softmax(x - c)                   = softmax(x)
     softmax(a (x - c))               = softmax(a x)
-    softmax(x - c + l)               = softmax(x + l)            l is 0 or -inf: a mask that is applied after the shift
+    softmax(x - c + l)               = softmax(x + l)            l does not read the scores: a bias, or a mask of 0 and -inf
 
 The exponentials may have masks for factors, or come from a softmax that is masked and divided by its sum again: see `exponents`.
 
@@ -24,8 +24,8 @@ x / +inf and exp(x - +inf) are (`Program.inf_rows`).  After a shift it is, for t
 
 The shift, where values are not finite.  A row of -inf has c = -inf, and x - c is NaN throughout: so is its softmax.  A row
 with +inf or NaN has such a c; x - c is NaN at that place, and one NaN makes the whole row NaN.  With a < 0 it would not: a x
-turns +inf into -inf, which a softmax takes for a masked key.  A mask after the shift leaves NaN where it is, for NaN + -inf is,
-and where x is +inf: there x + l is +inf, or NaN.
+turns +inf into -inf, which a softmax takes for a masked key.  What is added after the shift leaves NaN where it is, and where x
+is +inf: there x + l is +inf, or NaN.  (A choice after the shift could hide it.)
 
 The shift, in the backward.  The gradient of a softmax with respect to its scores, ds = p (dp - sum_k p dp), sums to 0 over
 the row.  c has -sum_k ds (times a) for its gradient, which is 0 whichever of several equal maxima it goes to, and whether c
@@ -43,8 +43,8 @@ import sympy
 import torch
 from fusion_kernels.program import Node, apply
 
-from .describe import Describer
-from .exponents import exponent_of, is_mask
+from .describe import Describer, has_score
+from .exponents import exponent_of
 from .shifts import is_row_maximum
 from .sinks import log_of, settled, with_sink
 
@@ -144,9 +144,11 @@ def _unshifted(d: Describer, body: Node, axis: sympy.Symbol) -> Node:
     if body.op == "narrowed":
         inner = _unshifted(d, body.args[0], axis)
         return body if inner is body.args[0] else inner
-    if body.op == "add" and is_mask(body.args[1]):
-        inner = _unshifted(d, body.args[0], axis)
-        return body if inner is body.args[0] else apply("add", inner, body.args[1])
+    if body.op == "add":
+        for x, added in (body.args, body.args[::-1]):
+            inner = x if has_score(added) else _unshifted(d, x, axis)
+            if inner is not x:
+                return apply("add", inner, added)
     if body.op in ("mul", "div") and _is_positive(body.args[1]):
         inner = _unshifted(d, body.args[0], axis)
         return body if inner is body.args[0] else apply(body.op, inner, body.args[1])

@@ -114,6 +114,24 @@ def shifted_by_the_maximum_of_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tens
     return F.softmax(scores - shift, dim=-1) @ v
 
 
+@spelling(*qkv(n=63, m=129), t(3, 63, 129), keep(2, 1, 1, 129))
+def shifted_before_the_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor, twin: bool = False) -> Tensor:
+    """What keeps float16 in range (BEATs): the maximum is that of the scores alone. The twin's bias is larger."""
+    scores = q @ k.mT / 32
+    scores = (scores - scores.amax(-1, keepdim=True)) * 8
+    scores = (2 if twin else 1) * bias + scores + torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+@spelling(*qkv(n=63), keep(2, 1, 63, 63), refused=Reason.NOT_EXPRESSIBLE)
+def shifted_before_a_mask_is_added(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, twin: bool = False) -> Tensor:
+    """The twin chooses instead: of an infinite maximum that is chosen away, the shift would be left."""
+    scores = q @ k.mT * 0.25
+    scores = scores - scores.amax(-1, keepdim=True)
+    away = torch.where(mask, 0.0, -torch.inf)
+    return (torch.where(mask, scores, -torch.inf) if twin else scores + away).softmax(-1) @ v
+
+
 @spelling(*qkv(n=63), dtype=torch.float16, refused=Reason.NOT_EXPRESSIBLE)
 def cogview(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> Tensor:
     """CogView, LayoutLMv3: scores held small in fp16 until their maximum is gone. The twin turns the sign around."""
