@@ -2,9 +2,9 @@
 
 It computes ``softmax(scale * s + mask) v``, causal or not. So the program has to read ``scale * s`` under additive masks and
 ``where`` masks, and the mask is collected into one additive tensor. Some of its ways differ from eager, and calls that could
-see them go to the tiled reference instead: rows without a key, and rows whose scores are all -inf or NaN, give 0 (eager: NaN),
-and a score of -1e10 is less than one that a mask's -1e9 replaces, but not than one that it is added to. So ATen is asked only
-where the operands bound the scores, and a mask leaves each row a key that is not hidden.
+see them go to the tiled reference instead: rows without a key, and rows whose scores are all -inf or NaN, give 0 (eager: NaN);
+and a key whose score a mask replaces by -1e9 is visible beside scores of -1e10, which it is not where the mask is added, as ATen
+adds it. So ATen is asked only where the operands bound the scores, and a mask leaves each row a key that is not hidden.
 
 Its backward is not used. It takes the probabilities from exp(s - lse) and delta from sum(do out), whose roundings do not cancel
 where a row is almost all one key's: gradients in fp32 are then up to 50 times as far from float64 as eager's (q = k = v, N = 37,
