@@ -52,9 +52,10 @@ def inline(gm: torch.fx.GraphModule, shadow: Shadow, node: torch.fx.Node) -> Non
 
     values = {id(v.tensor): v for r in shadow.by_node[node] for v in r.outputs}
     device = next((v.tensor.device.type for r in shadow.by_node[node] for v in r.outputs), "cpu")
-    region = [None, False, None] if _autocast_at(gm.graph, node, device) else []
     with gm.graph.inserting_before(node), torch.autocast(device, enabled=False):
-        entered = gm.graph.call_function(_enter_autocast, (device, *region)) if region else None
+        entered = None
+        if _autocast_at(gm.graph, node, device):
+            entered = gm.graph.call_function(_enter_autocast, (device, None, False, None))
         for record in shadow.by_node[node]:
             args, kwargs = pytree.tree_map(
                 argument, (record.args, record.kwargs), is_leaf=lambda x: isinstance(x, (Value, torch.SymInt, torch.SymFloat))

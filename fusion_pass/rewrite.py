@@ -282,7 +282,7 @@ class Splicer:
             return self.call(torch.sym_float, self.size(expr.args[0]))
         fold = _FLOAT_OPS.get(name)
         if fold is None:
-            raise Refused(Reason.NOT_EXPRESSIBLE, f"the number {expr} is in no node of the graph", "a number of the graph")
+            raise Refused(Reason.NOT_EXPRESSIBLE, f"the number {expr}", "sums, products, powers and quotients of sizes")
         first, *rest = [self.number(a) for a in expr.args]
         for other in rest:
             first = self.call(fold, first, other)
