@@ -22,6 +22,7 @@ from .factors import Factor
 from .formula import formula, mask_facts
 from .indexing import same
 from .inline import OPENED, copy_graph, inline
+from .library import why_left
 from .match import Match, match
 from .plain import plain
 from .rewrite import Splice, Splicer
@@ -262,7 +263,7 @@ class _Run:
         kernel = named()
         trained = found.anchor.product.grad and (captured or any(needing))
         if self.when == "profitable":
-            reason = legality.profitable(found, kernel, attention.device, trained)
+            reason = why_left(found.anchor.record.library, attention.device) or legality.profitable(found, kernel, attention.device, trained)
             if reason is not None:
                 raise Refused(Reason.NOT_PROFITABLE, reason, 'when="always" fuses it all the same')
         return Verdict(True, kernel, named(backward=True, capture_grads=captured) if trained else "")

@@ -199,8 +199,9 @@ class _Writer:
             return apply(node.op, *map(self.write, node.args))  # made of positions alone
         reads = symbols_of(node)
         pointwise = node.args and node.op not in REDUCTIONS and node.op != "dropout"
-        table = pointwise and self.m.axis in reads and self.m.query in reads  # better made from its parts, if they are there
-        if table and not (self._spoiled(node) and self._holders(node)):
+        # a table, or a mask of keys, is better made from its parts, if they are there: a mask's parts say what is hidden
+        apart = pointwise and self.m.axis in reads and (self.m.query in reads or _is_mask(node))
+        if apart and not (self._spoiled(node) and self._holders(node)):
             return apply(node.op, *map(self.write, node.args))
         loaded = self._load(node)
         if loaded is not None:
@@ -310,6 +311,11 @@ class _Writer:
         if expr.is_Pow and expr.exp.is_Integer and expr.exp > 0:
             return apply("mul", self.integer(expr.base), self.integer(expr.base ** (expr.exp - 1)))
         raise Refused(Reason.NOT_EXPRESSIBLE, f"the index {expr}", "sums, products, // and % of positions and sizes")
+
+
+def _is_mask(node: Node) -> bool:
+    """Whether a part chooses between numbers."""
+    return node.op == "where" and all(a.op == "const" for a in node.args[1:])
 
 
 def _weight(value: Value) -> tuple[int, int, int]:

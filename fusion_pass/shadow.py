@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import library
 from .site import Reason, Refused
 from .tape import Record, Shadow, Value, meta_value, storage_of
 
@@ -43,6 +44,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.shadow = shadow
         self.node: torch.fx.Node | None = None
+        self.library = ""
         self.seq = 0
         self.current: dict[int, Value] = {}  # id(tensor) -> its value now
         self.aliases: dict[int, dict[int, torch.Tensor]] = defaultdict(dict)  # storage -> tensors on it
@@ -69,6 +71,8 @@ class _Recorder(TorchDispatchMode):
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
+        if library.is_kernel(func):
+            return self._attention(func, args, kwargs)
         out = func(*args, **kwargs)
         if self.node is not None and func.namespace != "prim":
             self._write(func, args, kwargs, out)
@@ -80,7 +84,10 @@ class _Recorder(TorchDispatchMode):
         to_value = lambda x: self.value_of(x) if isinstance(x, torch.Tensor) else x
         value_args, value_kwargs = pytree.tree_map(to_value, (args, kwargs))
         mutated = _mutated(func, args, kwargs)
-        record = Record(self.seq, func, value_args, value_kwargs, self.node, mutates=bool(mutated), grad=torch.is_grad_enabled())
+        record = Record(
+            self.seq, func, value_args, value_kwargs, self.node,
+            mutates=bool(mutated), grad=torch.is_grad_enabled(), library=self.library,
+        )  # fmt: skip
         for tensor in mutated:
             self._note_write(tensor)
         for i, tensor in enumerate(pytree.tree_leaves(out)):
@@ -88,6 +95,18 @@ class _Recorder(TorchDispatchMode):
                 record.outputs.append(self.define(tensor, record, i))
         self.shadow.records.append(record)
         self.shadow.by_node[self.node].append(record)
+
+    def _attention(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
+        """The results of a kernel of the library's attention; the first as it is made of products (see `library`)."""
+        given = library.arguments(func, args, kwargs)
+        own, *others = func(*args, **kwargs)
+        mask = given.get("mask")
+        self.library = library.kind_of(mask, mask is not None and self.value_of(mask).differentiable)
+        try:
+            with self:
+                return library.laid_out_as(library.in_products(**given), own), *others
+        finally:
+            self.library = ""
 
     def _note_write(self, tensor: torch.Tensor) -> None:
         """Every other tensor on the storage now holds something that the tape did not see being computed."""

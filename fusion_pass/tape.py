@@ -59,6 +59,7 @@ class Record:
     outputs: list[Value] = field(default_factory=list)
     mutates: bool = False
     grad: bool = True  # whether grad mode was on
+    library: str = ""  # "plain" or "masked": part of a call of the library's attention that torch runs as one kernel (`library`)
 
     @cached_property
     def op(self) -> str:

@@ -1,0 +1,81 @@
+"""scaled_dot_product_attention: read as what it computes, replaced where that pays, and only the call as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import Recorder, assert_fused, assert_rule, compile_always, exactly, run
+from torch import Tensor
+
+import fusion_pass
+from fusion_pass.library import why_left
+from fusion_pass.site import Reason
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def test_where_it_is_left_alone() -> None:
+    plain = "torch has a kernel for scaled_dot_product_attention without a mask"
+    assert why_left("plain", CPU) == why_left("plain", GPU) == plain
+    assert why_left("masked", CPU) == "torch has a kernel for scaled_dot_product_attention on a CPU"
+    assert why_left("masked", GPU) is None
+    assert why_left("", CPU) is None  # written out, or what torch itself computes in products
+
+
+def inputs(bias_grad: bool = False) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 63, 16, generator=generator, requires_grad=True) for _ in range(3))
+    return [q, k, v, torch.randn(2, 1, 63, 63, generator=generator, requires_grad=bias_grad)]
+
+
+def profitable(fn: Callable[..., Tensor], *tensors: Tensor) -> tuple[Recorder, fusion_pass.report.Report]:
+    torch._dynamo.reset()
+    recorder = Recorder("eager")
+    torch.compile(fn, backend=fusion_pass.make_backend(inner=recorder), fullgraph=True)(*tensors)
+    return recorder, fusion_pass.last_report()
+
+
+def called(recorder: Recorder) -> list[object]:
+    return [n.target for gm in recorder.graphs for n in gm.graph.nodes if n.op == "call_function"]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_call_that_stays_is_one_call(masked: bool) -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, mask if masked else None)
+
+    recorder, report = profitable(fn, *inputs())
+    (site,) = report.refused
+    assert site.verdict.reason is Reason.NOT_PROFITABLE
+    assert site.verdict.seen == why_left("masked" if masked else "plain", CPU)
+    assert called(recorder) == [F.scaled_dot_product_attention]
+
+
+def test_what_torch_runs_in_products_is_a_site_like_any_other() -> None:
+    """A bias with a gradient is more than torch's kernel on a CPU takes; for so few scores it is left alone for another reason."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, bias)
+
+    _, report = profitable(fn, *inputs(bias_grad=True))
+    (site,) = report.refused
+    assert site.verdict.reason is Reason.NOT_PROFITABLE and "scores" in site.verdict.seen
+
+
+def test_a_view_of_the_result_as_torchs_kernels_leave_it() -> None:
+    """Of heads that lie beside each other torch's result can be viewed as (B, N, H * D), and ours."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(-1, (3, 16)).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).view(2, 63, 48)
+
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(2, 63, 48, generator=generator, requires_grad=True) for _ in range(3)]
+    given.append(torch.rand(2, 1, 63, 63, generator=generator) < 0.8)
+    recorder = Recorder("eager")
+    fused = run(compile_always(fn, recorder), given)
+    assert_fused(fusion_pass.last_report(), recorder, 1)
+    assert_rule(fused, run(fn, given), exactly(fn, given))
