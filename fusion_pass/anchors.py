@@ -1,7 +1,8 @@
 """Anchors: which softmaxes of a graph may be attention, before anything is described.
 
-A softmax is one if its result, at its full size (or without one column, see `sinks`) and through any calls, reaches a
-product of matrices.  What the calls between them do is for `match` to judge; here a softmax only must not be overlooked.
+A softmax is one if its result, at its full size (or without one column, see `sinks`; or at one index of a dim) and through any
+calls, reaches a product of matrices.  What the calls between them do is for `match` to judge; here a softmax only must not be
+overlooked.
 """
 
 # sympy is not typed
@@ -27,6 +28,9 @@ MAX_EDITS = 12  # calls between an exponential and the sum over keys, and betwee
 MAX_PRODUCTS = 8  # of one softmax that are looked at: a further one reads the probabilities, as anything may
 
 EDITS = frozenset({"mul.Tensor", "mul.Scalar", "where.self", "masked_fill.Scalar", "masked_fill.Tensor", "_to_copy.default"})
+
+
+_PARTS = frozenset({"select.int", "unbind.int"})  # of maps that belong together, as those of differential attention
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,8 @@ def _products(users: dict[Value, list[Record | Value]], *starts: Value) -> Itera
                 yield from ((record, side) for side in (0, 1) if record.args[first + side] is value)
                 continue
             for out in record.outputs:
-                if out not in seen and (same(_size(out), _size(value)) or _shorter_by_one(record, value, out)):
+                kept = same(_size(out), _size(value)) or record.op in _PARTS or _shorter_by_one(record, value, out)
+                if kept and out not in seen:
                     seen.add(out)
                     todo.append(out)
 

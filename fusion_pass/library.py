@@ -4,8 +4,8 @@ torch chooses one of its kernels by the operands, and most of them are one opaqu
 documented to compute.  The user's graph is not changed by that: there the attention is replaced as a whole or not at all.
 
 A call without a mask is left as it is: what torch runs for it is as fast as anything.  With a mask or a bias it takes slower
-kernels, and reads a mask of N x M elements (one H200, `docs/benchmark.md`: the fastest of them took 1.35 to 53 times our time, for
-masks over 8 million scores and more).  On a CPU it is one kernel that reads masks, and ours is the same.
+kernels, and reads a mask of N x M elements (one H200, `docs/benchmark.md`: the fastest of them took 1.35 to 53 times our time).
+On a CPU it is one kernel that reads masks, and ours is the same.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PLAIN, MASKED = "plain", "masked"
 def is_kernel(func: Any) -> bool:
     """Whether an ATen op is one of the kernels that scaled_dot_product_attention chooses from."""
     name = func.overloadpacket.__name__
-    return name.startswith("_scaled_dot_product_") and not name.endswith("_backward")
+    return name.startswith("_scaled_dot_product_") and not ("_math" in name or name.endswith("_backward"))
 
 
 def arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def in_products(
     if is_causal:
         seen = torch.ones(query.size(-2), key.size(-2), dtype=torch.bool, device=query.device).tril()
         scores = scores.masked_fill(~seen, -torch.inf)
-    p = torch.softmax(scores, -1) if mask is None else torch._safe_softmax(scores, -1)
+    p = torch.softmax(scores, -1) if mask is None else torch.ops.aten._safe_softmax(scores, -1)
     return (torch.dropout(p, dropout_p, train=True) if dropout_p else p) @ value
 
 

@@ -25,7 +25,7 @@ from .factors import Factor, chain_of, factor
 from .gates import find_gate, sink_of
 from .indexing import Axes, expr_of, same, whole
 from .layout import Step, linear_terms
-from .probabilities import find_softmax
+from .probabilities import find_softmaxes
 from .products import products_under
 from .site import Reason, Refused
 from .tape import Record, Shadow, Value
@@ -60,6 +60,8 @@ class Match:
     end: int = 0  # the number of the call in whose place the op stands: the product with the values, or a gate on it
     walked: set[Value] = field(default_factory=set)  # what lies between the factors and the output
     products: set[int] = field(default_factory=set)  # numbers of the calls whose product may be `dot`
+    terms: int = 1  # how many softmaxes the factor of the values is a sum of
+    others: list[Match] = field(default_factory=list)  # those of the other terms: the output is the sum of all
 
     @property
     def product(self) -> int:
@@ -83,7 +85,9 @@ def match(shadow: Shadow, anchor: Anchor, prefer: Collection[int] = ()) -> Match
     with suppress(Refused):
         return _split(shadow, anchor, prefer, gated=True)
     try:
-        return _split(shadow, anchor, prefer)
+        first = _split(shadow, anchor, prefer)
+        first.others = [_split(shadow, anchor, prefer, term=i) for i in range(1, first.terms)]
+        return first
     except Refused as refusal:
         if refusal.reason not in (Reason.NO_SCORES, Reason.PROBABILITIES_EDITED):
             raise
@@ -93,10 +97,12 @@ def match(shadow: Shadow, anchor: Anchor, prefer: Collection[int] = ()) -> Match
         raise
 
 
-def _split(shadow: Shadow, anchor: Anchor, prefer: Collection[int], one: Record | None = None, gated: bool = False) -> Match:
+def _split(
+    shadow: Shadow, anchor: Anchor, prefer: Collection[int], one: Record | None = None, gated: bool = False, term: int = 0
+) -> Match:
     splits: dict[str, list[sympy.Expr]] = {}
     for _ in range(4):  # each round may find that a merged batch axis has to be split further
-        result = _Matcher(shadow, anchor, splits, one, gated).run(prefer)
+        result = _Matcher(shadow, anchor, splits, one, gated).run(prefer, term)
         if isinstance(result, Match):
             return result
         splits = result
@@ -137,7 +143,7 @@ class _Matcher:
         self.axes = Axes()
         self.d = Describer(shadow, self.axes, anchor.product.grad, one)
 
-    def run(self, prefer: Collection[int]) -> Match | dict[str, list[sympy.Expr]]:
+    def run(self, prefer: Collection[int], term: int) -> Match | dict[str, list[sympy.Expr]]:
         product, side = self.anchor.product, self.anchor.side
         if product.op not in ("bmm.default", "mm.default"):
             raise Refused(Reason.NO_VALUES, f"{product.op} adds to the product with the values", "a plain product")
@@ -166,7 +172,10 @@ class _Matcher:
         key = self.axes.new("r", expr_of(product.args[side].shape[-1 - side]))
         lead = tuple(batch_index)
         at = (*lead, row, key) if side == 0 else (*lead, key, row)
-        weighted = find_softmax(self.d, self.anchor, self.d.element(probabilities, at), key)
+        terms = find_softmaxes(self.d, self.anchor, self.d.element(probabilities, at), key)
+        if gate is not None and len(terms) > 1:
+            raise _no_gate()
+        weighted = terms[term]
         node, draw = weighted.softmax, weighted.draw
         self.key, _, zero_rows, inf_rows = node.attr  # pyright: ignore
         weight = None if weighted.weight is SCORE else self.d.substitute(weighted.weight, {key: self.key})
@@ -222,6 +231,7 @@ class _Matcher:
             product.seq if gate is None else gate.record.seq,
             walked,
             {p.seq for p in products},
+            len(terms),
         )
 
     # ------------------------------------------------------------ axes

@@ -134,9 +134,10 @@ class _Run:
                     inline(self.gm, self.shadow, node)
                 self.gm.recompile()
                 return [], backup, {}
-        sites = self._together([self._prepared(self.first + i, anchor) for i, anchor in enumerate(anchors)])
+        groups = self._together([self._prepared(anchor) for anchor in anchors])
         self.splicer.finish()
-        opened = [(a.record.node.meta.get(OPENED), s.verdict) for a, s in zip(anchors, sites, strict=True)]
+        opened = [(a.record.node.meta.get(OPENED), sites[0].verdict) for a, sites in zip(anchors, groups, strict=True)]
+        sites = [replace(site, index=self.first + i) for i, site in enumerate(site for sites in groups for site in sites)]
         return sites, None, {name: verdict for name, verdict in opened if name is not None and not verdict.fused}
 
     def _composites(self, anchors: list[Anchor]) -> list[torch.fx.Node]:
@@ -193,6 +194,9 @@ class _Run:
                     found.append((anchor, self._match(anchor)))
         computed: set[int] = set()
         for anchor, chosen in sorted(found, key=lambda f: len(f[1].products)):
+            if chosen.others:
+                computed.update(m.product for m in (chosen, *chosen.others))
+                continue
             before = {p for p in chosen.products & computed if not self._is_made_from(chosen.product, p)}
             if chosen.product not in computed and before:
                 self.matches[anchor] = chosen = match(self.shadow, anchor, before)
@@ -203,7 +207,7 @@ class _Run:
         (record,) = self.shadow.between(product, product)
         return record.outputs[0] in self.shadow.made_from(other, product)
 
-    def _together(self, prepared: list[tuple[Site, Splice | None]]) -> list[Site]:
+    def _together(self, prepared: list[tuple[list[Site], Splice | None]]) -> list[list[Site]]:
         """The sites with the last word on them: those stay that share what they make with each other alone."""
         splices = [splice for _, splice in prepared if splice is not None]
         try:
@@ -213,39 +217,44 @@ class _Run:
                 self.splicer.withdraw(splice)
             self.splicer.finish()
             raise
-        sites: list[Site] = []
-        for site, splice in prepared:
+        groups: list[list[Site]] = []
+        for sites, splice in prepared:
             if splice in refused:
                 self.splicer.withdraw(splice)
-                site = replace(site, verdict=_refused(refused[splice]))
+                sites = [replace(site, verdict=_refused(refused[splice])) for site in sites]
             elif splice is not None:
                 self.splicer.commit(splice)
-            sites.append(site)
-        return sites
+            groups.append(sites)
+        return groups
 
-    def _prepared(self, index: int, anchor: Anchor) -> tuple[Site, Splice | None]:
-        """A site by itself, and its op where it may be fused."""
+    def _prepared(self, anchor: Anchor) -> tuple[list[Site], Splice | None]:
+        """A site by itself, or those of the terms of one sum, and what takes their place where they may be fused."""
         source, code = _source(anchor.record.node)
-        attention: AttentionSite | None = None
-        splice: Splice | None = None
+        site = Site(self.first, self.graph, source, code, anchor.record.node.name, Verdict(False))
+        terms: list[AttentionSite] = []
         if anchor.product.node.name in self.closed:
-            return Site(index, self.graph, source, code, anchor.record.node.name, self.closed[anchor.product.node.name]), None
+            return [replace(site, verdict=self.closed[anchor.product.node.name])], None
         try:
-            found = self._match(anchor)
-            score = scores(found)
-            attention = self._describe(found, score)
-            verdict = self._decide(found, score, attention)
-            sdpa = plain(found, score.program) if verdict.kernel == "cudnn" else None
-            splice = self.splicer.prepare(found, score, sdpa)
-            if verdict.kernel == "cudnn" and sdpa is None:  # the op decides, call by call, with the sizes before it
-                verdict = replace(verdict, kernel=_undecided(found), backward=verdict.backward and _undecided(found))
+            first = self._match(anchor)
+            verdicts, ready = [], []
+            for found in (first, *first.others):
+                score = scores(found)
+                terms.append(self._describe(found, score))
+                verdict = self._decide(found, score, terms[-1])
+                sdpa = plain(found, score.program) if verdict.kernel == "cudnn" else None
+                if verdict.kernel == "cudnn" and sdpa is None:  # the op decides, call by call, with the sizes before it
+                    verdict = replace(verdict, kernel=_undecided(found), backward=verdict.backward and _undecided(found))
+                verdicts.append(verdict)
+                ready.append((found, score, sdpa))
+            splice = self.splicer.prepare(ready)
+            return [replace(site, verdict=v, attention=a) for v, a in zip(verdicts, terms, strict=True)], splice
         except Refused as refusal:
             verdict = _refused(refusal)
         except Exception as error:
             if config.strict():
                 raise
             verdict = failed(error)
-        return Site(index, self.graph, source, code, anchor.record.node.name, verdict, attention), splice
+        return [replace(site, verdict=verdict, attention=a) for a in terms or [None]], None
 
     def _decide(self, found: Match, score: Scores, attention: AttentionSite) -> Verdict:
         """The verdict on a site that may be fused.
@@ -263,7 +272,8 @@ class _Run:
         kernel = named()
         trained = found.anchor.product.grad and (captured or any(needing))
         if self.when == "profitable":
-            reason = why_left(found.anchor.record.library, attention.device) or legality.profitable(found, kernel, attention.device, trained)
+            reason = why_left(found.anchor.record.library, attention.device)
+            reason = reason or legality.profitable(found, kernel, attention.device, trained)
             if reason is not None:
                 raise Refused(Reason.NOT_PROFITABLE, reason, 'when="always" fuses it all the same')
         return Verdict(True, kernel, named(backward=True, capture_grads=captured) if trained else "")

@@ -1,4 +1,4 @@
-"""From the factor of the values up to the softmax: what is done to the probabilities on their way, as one dropout and one weight.
+"""From the factor of the values up to the softmaxes: what is done to probabilities on their way, as one dropout and one weight.
 
 A weight is linear in the probability p, position by position (`fusion_kernels.weights`). It is read off the expression from the
 outside in, with x standing for what is left:
@@ -9,6 +9,12 @@ outside in, with x standing for what is left:
 
 Casts go as they do everywhere (`describe`), and a dropout may stand before a weight or after it: it multiplies each probability
 by a number, and so commutes with what is linear. What w and c may read is for `scores` to say.
+
+The sum or the difference of several such terms is one attention for each, over the same values (differential attention):
+
+    (w p + w' p') v  =  w p v + w' p' v        w p + w' p  =  (w + w') p    with the same softmax in both terms
+
+What is linear in a sum is so in each term; a guard, which asks of the whole whether it is NaN, is not.
 """
 
 # sympy is not typed
@@ -21,7 +27,7 @@ from dataclasses import dataclass, replace
 
 import sympy
 import torch
-from fusion_kernels.program import SCORE, Node, apply, const, postorder
+from fusion_kernels.program import SCORE, Node, apply, const, postorder, rebuild
 
 from .anchors import Anchor, reaches_product
 from .describe import Describer, has_score, unrounded
@@ -30,7 +36,7 @@ from .normal import as_softmax
 from .site import Reason, Refused
 from .tape import Record
 
-__all__ = ["Probabilities", "find_softmax", "written"]
+__all__ = ["Probabilities", "find_softmaxes", "written"]
 
 ZERO = const(0.0)
 _MADE = frozenset({"softmax", "log_softmax", "sum", "logsumexp"})  # what a softmax is made of, in some spelling
@@ -38,7 +44,7 @@ _MADE = frozenset({"softmax", "log_softmax", "sum", "logsumexp"})  # what a soft
 
 @dataclass(frozen=True)
 class Probabilities:
-    """The factor of the values, read back to the softmax.
+    """The factor of the values, or one term of it, read back to the softmax.
 
     softmax: its node (`normal`). draw: the dropout, if there is one.
     weight: the rest, over the axes, with the leaf `SCORE` for the probability; `SCORE` itself where there is none.
@@ -49,8 +55,8 @@ class Probabilities:
     weight: Node = SCORE
 
 
-def find_softmax(d: Describer, anchor: Anchor, node: Node, key: sympy.Symbol) -> Probabilities:
-    """The softmax over `key` that `node`, an element of the factor of the values, comes from.
+def find_softmaxes(d: Describer, anchor: Anchor, node: Node, key: sympy.Symbol) -> tuple[Probabilities, ...]:
+    """The softmaxes over `key` that `node`, an element of the factor of the values, is a sum of.
 
     Raises:
         Refused: PROBABILITIES_EDITED, SOFTMAX_DIM or MUTATION.
@@ -64,8 +70,8 @@ def find_softmax(d: Describer, anchor: Anchor, node: Node, key: sympy.Symbol) ->
     found = reader.read(node)
     if found is None:
         raise _edited(d, reader.stuck)
-    position = found.softmax.attr[1]
-    if position == key or (position == 0 and d.axes.sizes[key] == 1):
+    positions = {term.softmax.attr[1] for term in found}
+    if positions == {key} or (positions == {sympy.S.Zero} and d.axes.sizes[key] == 1):
         return found
     if reaches_product(d.shadow.readers, anchor.product.outputs[0]) is not None:
         raise Refused(Reason.PROBABILITIES_EDITED, "a product mixes them over another dim first", "softmax, then the values")
@@ -86,37 +92,62 @@ class _Reader:
 
     def __init__(self, d: Describer, key: sympy.Symbol, dtype: torch.dtype) -> None:
         self.d, self.key, self.dtype = d, key, dtype
-        self.done: dict[Node, Probabilities | None] = {}
+        self.done: dict[Node, tuple[Probabilities, ...] | None] = {}
         self.stuck = ZERO
 
-    def read(self, node: Node) -> Probabilities | None:
+    def read(self, node: Node) -> tuple[Probabilities, ...] | None:
         if node not in self.done:
             self.done[node] = self._read(node)
         return self.done[node]
 
-    def _read(self, node: Node) -> Probabilities | None:
+    def _read(self, node: Node) -> tuple[Probabilities, ...] | None:
         if node.op == "narrowed" and node.attr == self.dtype:
             return self.read(node.args[0])
         dropped = as_dropout(self.d, node)
         if dropped is not None:
             draw, x = dropped
-            found = self.read(x)
-            return replace(found, draw=draw) if found is not None and found.draw is None else self._stop(node)
+            terms = self.read(x)
+            if terms is None or any(t.draw is not None for t in terms):
+                return self._stop(node)
+            return tuple(replace(t, draw=draw) for t in terms)
         softmax = as_softmax(self.d, node, self.key)
         if softmax is not None:
-            return Probabilities(softmax)
+            return (Probabilities(softmax),)
+        if node.op in ("add", "sub") and all(map(_made, node.args)):
+            return self._sum(node)
         tried = False
         for i in _operands(node):
-            if not any(n.op in _MADE for n in postorder(node.args[i])):
+            if not _made(node.args[i]):
                 continue
-            tried, found = True, self.read(node.args[i])
-            weight = None if found is None else _weight(node, i, found.weight)
-            if found is not None and weight is not None:
-                return replace(found, weight=weight)
+            tried, terms = True, self.read(node.args[i])
+            weights = [None] if terms is None else [_weight(node, i, t.weight, len(terms)) for t in terms]
+            if terms is not None and None not in weights:
+                return tuple(replace(t, weight=w) for t, w in zip(terms, weights, strict=True))
         return None if tried else self._stop(node)
+
+    def _sum(self, node: Node) -> tuple[Probabilities, ...] | None:
+        """The terms of both sides, those of one softmax (and one dropout) as one."""
+        first, second = map(self.read, node.args)
+        if first is None or second is None:
+            return None
+        if node.op == "sub":
+            second = tuple(replace(t, weight=apply("neg", t.weight)) for t in second)
+        found: dict[tuple[Node, Draw | None], Probabilities] = {}
+        for term in (*first, *second):
+            same = found.get(key := (term.softmax, term.draw))
+            factors = None if same is None else [_factor(t.weight) for t in (same, term)]
+            if factors is not None and None in factors:
+                return self._stop(node)
+            found[key] = term if factors is None else replace(term, weight=apply("mul", SCORE, apply("add", *factors)))
+        return tuple(found.values())
 
     def _stop(self, node: Node) -> None:
         self.stuck = node
+
+
+def _made(node: Node) -> bool:
+    """Whether a softmax, in some spelling, is below."""
+    return any(n.op in _MADE for n in postorder(node))
 
 
 def _operands(node: Node) -> Iterator[int]:
@@ -142,14 +173,23 @@ def _is_infinite(node: Node) -> bool:
     return node.op == "const" and node.kind == "float" and abs(node.attr) == math.inf
 
 
-def _weight(node: Node, i: int, inner: Node) -> Node | None:
-    """`node` as a weight, of which operand `i` is the weight `inner`."""
+def _weight(node: Node, i: int, inner: Node, terms: int) -> Node | None:
+    """`node` as a weight, of which operand `i` is the weight `inner`, or is a sum of `terms` of which this is one."""
     if node.op != "where" or not _of_itself(node, i):
         return apply(node.op, *(inner if j == i else a for j, a in enumerate(node.args)))
+    if terms > 1:
+        return None
     asked = node.args[0]
     if asked.op == "isnan":
         return apply("where", apply("isnan", inner), ZERO, inner) if i == 2 and node.args[1] is ZERO else None
     return inner if i == 2 and _bounded(inner) else None
+
+
+def _factor(weight: Node) -> Node | None:
+    """w, of a weight w x; None where it is a choice, which gives 0 for a NaN too."""
+    if any(n.op == "where" and n.depends_on("score") for n in postorder(weight)):
+        return None
+    return rebuild(weight, lambda node, args: const(1.0) if node is SCORE else None)
 
 
 def _bounded(weight: Node) -> bool:

@@ -39,9 +39,9 @@ SEEDS = 2**31 - 1
 
 @dataclass(eq=False)
 class Splice:
-    """A prepared site: `added`, the nodes of its op, of which `out` is to stand in for `target`."""
+    """A prepared site, or several of which the output is the sum: `out`, made by `added`, is to stand in for `target`."""
 
-    match: Match
+    matches: Sequence[Match]
     target: torch.fx.Node
     out: torch.fx.Node
     added: Sequence[torch.fx.Node]
@@ -60,22 +60,27 @@ class Splicer:
         self.live = self.liveness.live()  # before anything is changed
         self.symbols = self._symbol_sources()
 
-    def prepare(self, match: Match, scores: Scores, sdpa: Form | None = None) -> Splice:
-        """Put the op before the node that holds `match.output`.
+    def prepare(self, terms: Sequence[tuple[Match, Scores, Form | None]]) -> Splice:
+        """Put the ops before the node that holds the output of the terms.
 
         Args:
-            sdpa: the site as scaled_dot_product_attention, which then takes the op's place (see `plain`).
+            terms: each with its scores, and as scaled_dot_product_attention where that takes the op's place (see `plain`).
 
         Raises:
             Refused: (MUTATION) a part inside a composite call writes in place; (NO_VALUES, NOT_EXPRESSIBLE) no node holds what
                 the op would read or stand in for.
         """
-        target = match.output.node
+        matches = [match for match, _, _ in terms]
+        target = matches[0].output.node
         if target is None:
             raise Refused(Reason.NO_VALUES, "the product with the values lies inside a composite call", "a call of its own")
         before, self.at = len(self.added), target
         try:
-            out = self._insert(match, scores, target, sdpa)
+            with self.gm.graph.inserting_before(target):
+                first, *others = (self._insert(*term) for term in terms)
+                for other in others:
+                    first = self.call(torch.add, first, other)
+                out = self._kept(first, matches[0].output, matches[0])
         except Exception:
             self._erase(self.added[before:])
             raise
@@ -85,13 +90,13 @@ class Splicer:
             for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
                 if key in target.meta:
                     node.meta[key] = target.meta[key]
-        return Splice(match, target, out, added)
+        return Splice(matches, target, out, added)
 
     def commit(self, splice: Splice) -> None:
         """Let the op stand in for its target."""
         splice.target.replace_all_uses_with(splice.out)
         self.liveness.replace(splice.target, splice.out)
-        splice.match.output.node = splice.out
+        splice.matches[0].output.node = splice.out
         self.stands.append(splice)
 
     def withdraw(self, splice: Splice) -> None:
@@ -102,25 +107,22 @@ class Splicer:
         for node in reversed(list(nodes)):
             self.gm.graph.erase_node(node)
 
-    def _insert(self, match: Match, scores: Scores, target: torch.fx.Node, sdpa: Form | None) -> torch.fx.Node:
-        with self.gm.graph.inserting_before(target):
-            q, k, v = (self._factor(f) for f in (match.q, match.k, match.v))
-            q, k, v = (self._kept(n, f.value, match) for n, f in zip((q, k, v), (match.q, match.k, match.v), strict=True))
-            captures = [
-                self._kept(self._held(c), c, match) if isinstance(c, Value) else self._number(c, q) for c in scores.captures
-            ]
-            params = [self.size(e) for e in scores.params]
-            seed = self._seed(match)
-            if sdpa is not None:
-                shared = match.q.shape[1] != match.k.shape[1]
-                how = {"is_causal": sdpa.causal, "scale": sdpa.scale, "enable_gqa": shared}
-                out = self.call(scaled_dot_product_attention, q, k, v, **how)
-            else:
-                both = self.call(ATTENTION, q, k, v, captures, params, scores.program.text, match.dropout_p, seed)
-                out = self.call(operator.getitem, both, 0)
-            for step in match.out_steps:
-                out = self._step(out, step)
-            return self._kept(out, match.output, match)
+    def _insert(self, match: Match, scores: Scores, sdpa: Form | None) -> torch.fx.Node:
+        q, k, v = (self._factor(f) for f in (match.q, match.k, match.v))
+        q, k, v = (self._kept(n, f.value, match) for n, f in zip((q, k, v), (match.q, match.k, match.v), strict=True))
+        captures = [self._kept(self._held(c), c, match) if isinstance(c, Value) else self._number(c, q) for c in scores.captures]
+        params = [self.size(e) for e in scores.params]
+        seed = self._seed(match)
+        if sdpa is not None:
+            shared = match.q.shape[1] != match.k.shape[1]
+            how = {"is_causal": sdpa.causal, "scale": sdpa.scale, "enable_gqa": shared}
+            out = self.call(scaled_dot_product_attention, q, k, v, **how)
+        else:
+            both = self.call(ATTENTION, q, k, v, captures, params, scores.program.text, match.dropout_p, seed)
+            out = self.call(operator.getitem, both, 0)
+        for step in match.out_steps:
+            out = self._step(out, step)
+        return out
 
     def _seed(self, match: Match) -> torch.fx.Node | None:
         """The seed of the bits that the site drops by, made where its mask was: sites with one mask have one seed."""
@@ -152,7 +154,7 @@ class Splicer:
 
     def _order(self) -> None:
         """Copy the results of which somebody notices the strides into eager's order."""
-        results = {s.out: s.match.output.tensor for s in self.stands}
+        results = {s.out: s.matches[0].output.tensor for s in self.stands}
         while found := noticed(self.gm.graph, self.shadow, results):
             for out in found:
                 self._copy(out, results.pop(out))

@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from torch.fx import Node
 
+from .dropout import Bits
 from .liveness import Liveness
 from .rewrite import Splice
 from .site import Reason, Refused
@@ -53,36 +54,43 @@ def _of_one_target(splices: Sequence[Splice]) -> dict[Splice, Refused]:
 
 def _of_one_mask(splices: Sequence[Splice]) -> dict[Splice, Refused]:
     """Those that drop by one mask, and not all by the same bit at the same place."""
-    by_mask: dict[int, list[Splice]] = {}
+    by_mask: dict[int, list[tuple[Bits, Splice]]] = {}
     for s in splices:
-        if s.match.bits is not None:
-            by_mask.setdefault(s.match.bits.record.seq, []).append(s)
+        for match in s.matches:
+            if match.bits is not None:
+                by_mask.setdefault(match.bits.record.seq, []).append((match.bits, s))
     seen = "attentions read one mask at different places"
     return {
         s: Refused(Reason.DROPOUT, seen, _USED[Reason.DROPOUT])
         for sharing in by_mask.values()
-        if len({s.match.bits for s in sharing}) > 1
-        for s in sharing
+        if len({bits for bits, _ in sharing}) > 1
+        for _, s in sharing
     }
+
+
+def _scored(shadow: Shadow, splice: Splice) -> set[Value]:
+    """What is made of the scores."""
+    return set[Value]().union(*(shadow.made_from(m.product, m.end) for m in splice.matches))
 
 
 def _made(shadow: Shadow, splice: Splice) -> list[tuple[Value, Reason]]:
     """What the site makes and does not store once it is fused, the last first."""
-    match = splice.match
-    scored = match.walked & shadow.made_from(match.product, match.end)
-    made = {v: v.record.seq for v in scored if v.record is not None and v.record.seq < match.end}
     reason = {True: Reason.PROBABILITIES_USED, False: Reason.SCORES_USED}
-    return [(v, reason[made[v] >= match.anchor.record.seq]) for v in sorted(made, key=lambda v: -made[v])]
+    found: dict[Value, Reason] = {}
+    for match in splice.matches:
+        scored = match.walked & shadow.made_from(match.product, match.end)
+        made = {v: v.record.seq for v in scored if v.record is not None and v.record.seq < match.end}
+        found |= {v: reason[seq >= match.anchor.record.seq] for v, seq in made.items()}
+    return sorted(found.items(), key=lambda f: -f[0].record.seq)  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def _masks(shadow: Shadow, splice: Splice, staying: Collection[Node]) -> Iterator[tuple[Value, Reason]]:
     """What is made of the dropout mask and not of the scores, by no attention that stays."""
-    match = splice.match
-    if match.bits is None:
+    bits, end = splice.matches[0].bits, splice.matches[0].end
+    if bits is None:
         return
-    scored = shadow.made_from(match.product, match.end)
-    drawn = shadow.made_from(match.bits.record.seq, match.end, staying)
-    yield from ((v, Reason.DROPOUT) for v in sorted(drawn - scored, key=lambda v: -v.seq))
+    drawn = shadow.made_from(bits.record.seq, end, staying)
+    yield from ((v, Reason.DROPOUT) for v in sorted(drawn - _scored(shadow, splice), key=lambda v: -v.seq))
 
 
 def _needed(

@@ -55,7 +55,7 @@ def test_a_call_that_stays_is_one_call(masked: bool) -> None:
 
 
 def test_what_torch_runs_in_products_is_a_site_like_any_other() -> None:
-    """A bias with a gradient is more than torch's kernel on a CPU takes; for so few scores it is left alone for another reason."""
+    """A bias with a gradient is more than torch's kernel on a CPU takes: the site is left alone for its size."""
 
     def fn(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, bias)

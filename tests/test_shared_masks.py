@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import Recorder, assert_fused, assert_rule, exactly, run, sites_text
+from checks import Recorder, assert_fused, assert_rule, compile_always, exactly, run, sites_text
 from dropped import assert_rate, kept
 from test_shared import DROPOUT, PROBABILITIES, SCORES, compiled, extra, operands, scores_of
 from torch import Tensor
@@ -212,3 +212,23 @@ def test_a_mask_is_read_in_one_order_whatever_the_heads_are_merged_to(edit: str)
         return
     assert_fused(fusion_pass.last_report(), recorder, 2)
     torch.testing.assert_close(second, first[..., :4] * 2)
+
+
+def test_a_difference_of_two_softmaxes_that_is_dropped() -> None:
+    """One mask for both terms: with values of the unit matrix it is read off, and what is kept is the difference."""
+
+    def difference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        p = (q @ k.mT).softmax(-1) - 0.5 * (q @ k.mT * 2).softmax(-1)
+        return F.dropout(p, P) @ v
+
+    q, k, _, _ = operands(63, 129)
+    v = torch.eye(k.shape[2]).expand(*k.shape[:2], -1, -1)
+    recorder = Recorder("eager")
+    fused = compile_always(difference, recorder)
+    torch.manual_seed(3)
+    out = fused(q, k, v).detach()
+    assert_fused(fusion_pass.last_report(), recorder, 2)
+    keep = out != 0
+    assert_rate(keep, P, causal=False)
+    exact = (q @ k.mT).double().softmax(-1) - 0.5 * (q @ k.mT * 2).double().softmax(-1)
+    torch.testing.assert_close(out.double(), torch.where(keep, exact / (1 - P), 0.0), rtol=1e-4, atol=1e-6)
