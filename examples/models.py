@@ -17,6 +17,7 @@ timed on each GPU, with nobody else at work on it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -27,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 import torch
 from models_cases import MODELS
@@ -58,8 +60,13 @@ class Child:
         arguments = [*command, "--json", str(self.path)]
         with self.log.open("wb") as log:  # in a session of its own: it has processes of its own
             self.process = subprocess.Popen(
-                arguments, stdin=subprocess.PIPE, stdout=log, stderr=log, env={**env}, start_new_session=True
+                arguments, bufsize=0, stdin=subprocess.PIPE, stdout=log, stderr=log, env={**env}, start_new_session=True
             )
+
+    @property
+    def _stdin(self) -> IO[bytes]:
+        assert self.process.stdin is not None
+        return self.process.stdin
 
     @property
     def ended(self) -> bool:
@@ -73,19 +80,15 @@ class Child:
     def go(self) -> None:
         """Let it be timed; it ends by itself then."""
         self.began = time.monotonic()
-        stdin = self.process.stdin
-        try:
-            if stdin is not None:
-                stdin.write(b"go\n")
-                stdin.flush()
-        except BrokenPipeError:  # it has ended meanwhile
-            return
+        with contextlib.suppress(BrokenPipeError):  # it has ended meanwhile
+            self._stdin.write(b"go\n")
 
     def stop(self, word: str = "", why: str = "") -> None:
         self.stopped = (word, why)
         if not self.ended:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+        self._stdin.close()
 
     def result(self) -> Result:
         """What it wrote, and why there is no more, if there is not."""

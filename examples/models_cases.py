@@ -45,7 +45,6 @@ class Model:
 
 _GPT2 = {"n_embd": 1024, "n_layer": 12, "n_head": 16, "n_positions": 2048, "vocab_size": 50257}
 _GPT2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
-_GPT2 |= {"loss_type": "ForCausalLM"}  # what its class would fall back to, with a warning that breaks the graph
 _LLAMA = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8, "vocab_size": 32000, "use_cache": False}
 _LLAMA |= {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 4096}
 _T5 = {"d_model": 768, "d_ff": 3072, "d_kv": 64, "num_layers": 12, "num_heads": 12, "dropout_rate": 0.0, "use_cache": False}
@@ -202,7 +201,9 @@ def _transformers(model: Model, config: dict[str, Any], shape: tuple[int, ...], 
     import transformers
 
     auto = getattr(transformers, f"AutoModelFor{model.task}")
-    return LossOf(auto.from_config(transformers.AutoConfig.for_model(model.kind, **config), attn_implementation=source))
+    made = auto.from_config(transformers.AutoConfig.for_model(model.kind, **config), attn_implementation=source)
+    made.loss_type = made.loss_type or f"For{model.task}"  # GPT-2 has none, and falls back with a warning that breaks the graph
+    return LossOf(made)
 
 
 def _timm(model: Model, config: dict[str, Any], shape: tuple[int, ...], source: str) -> nn.Module:

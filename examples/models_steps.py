@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import statistics
@@ -152,17 +153,17 @@ def measure(name: str, way: str, tiny: bool, compiled: Callable[[Result], bool])
     if not MODELS[name].sdpa and WAYS[way][0] == "sdpa":
         result.word = "-"
         return result
-    _compile_backward_early()
     try:
-        steps = Steps(name, way, tiny)
-        _first(steps, result, alone=False)
-        steps.release()
-        result.word = "compiled"
-        if not compiled(result):
-            return result
-        if result.loss is None:
-            _first(steps, result, alone=True)
-        steps.timed(result)
+        with _backward_compiled_early():
+            steps = Steps(name, way, tiny)
+            _first(steps, result, alone=False)
+            steps.release()
+            result.word = "compiled"
+            if not compiled(result):
+                return result
+            if result.loss is None:
+                _first(steps, result, alone=True)
+            steps.timed(result)
         result.word = result.why = ""
     except Exception as error:
         traceback.print_exc()
@@ -186,9 +187,9 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(t in str(error) for t in ("out of memory", "ALLOC_FAILED"))
 
 
-def _compile_backward_early() -> None:
+def _backward_compiled_early() -> contextlib.AbstractContextManager[object]:
     """The code is the same; but all that the forward saves would else be held, beside others, while the backward compiles."""
     from torch._functorch import config
 
-    if hasattr(config, "force_non_lazy_backward_lowering"):
-        config.force_non_lazy_backward_lowering = True
+    name = "force_non_lazy_backward_lowering"
+    return config.patch({name: True}) if hasattr(config, name) else contextlib.nullcontext()
