@@ -28,11 +28,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
 
 import torch
 from models_cases import MODELS
-from models_steps import WAYS, Result, measure
+from models_steps import WAYS, Result, exists, measure
 from models_table import Run, agree, markdown, summary, table
 
 POLL = 0.05  # seconds between two looks at the processes
@@ -62,11 +61,8 @@ class Child:
             self.process = subprocess.Popen(
                 arguments, bufsize=0, stdin=subprocess.PIPE, stdout=log, stderr=log, env={**env}, start_new_session=True
             )
-
-    @property
-    def _stdin(self) -> IO[bytes]:
         assert self.process.stdin is not None
-        return self.process.stdin
+        self._stdin = self.process.stdin
 
     @property
     def ended(self) -> bool:
@@ -273,8 +269,10 @@ def one(given: argparse.Namespace) -> int:
     result = measure(given.one, given.way, given.tiny, compiled)
     given.json.parent.mkdir(parents=True, exist_ok=True)
     save_one(result, given.json)
-    print(json.dumps(dataclasses.asdict(result), indent=1))
-    return bool(result.word)
+    print(json.dumps(dataclasses.asdict(result), indent=1), flush=True)
+    if given.wait:
+        os._exit(0)  # the next one waits for the GPU: nothing is tidied up
+    return result.word not in ("", "-")
 
 
 def everything(given: argparse.Namespace) -> tuple[Run, Results]:
@@ -300,6 +298,9 @@ def everything(given: argparse.Namespace) -> tuple[Run, Results]:
         env = environment(gpu, given.threads)
         return Child(task, [*command, "--one", task[0], "--way", task[1]], env, gpu, folder)
 
+    results |= {task: Result(*task, word="-") for task in todo if not exists(*task)}
+    save(run, results, given.json)
+    todo = [task for task in todo if exists(*task)]
     waves(todo, given.jobs, [""] if given.tiny else devices(), (given.budget, given.limit), spawn, keep)
     return run, {task: results[task] for task in tasks(MODELS, WAYS) if task in results}
 

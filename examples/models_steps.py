@@ -18,7 +18,7 @@ import torch
 from models_cases import MODELS, build
 from torch import Tensor
 
-__all__ = ["WAYS", "Result", "Steps", "measure"]
+__all__ = ["WAYS", "Result", "Steps", "exists", "measure"]
 
 # What is compiled, and by whom: (how the attention is written, whether our backend compiles it).
 WAYS = {"ours": ("eager", True), "compile": ("eager", False), "sdpa": ("sdpa", False), "ours+sdpa": ("sdpa", True)}
@@ -144,13 +144,18 @@ def _backend(ours: bool, tiny: bool) -> Any:
     return fusion_pass.make_backend(inner="eager", when="always") if tiny else fusion_pass.flash_backend
 
 
+def exists(name: str, way: str) -> bool:
+    """Whether the library has the source that this way compiles."""
+    return MODELS[name].sdpa or WAYS[way][0] != "sdpa"
+
+
 def measure(name: str, way: str, tiny: bool, compiled: Callable[[Result], bool]) -> Result:
     """Compile one way of one model, and time it when `compiled` returns true; nothing that goes wrong is raised.
 
     Other processes may compile on the same GPU until then: memory that was lacking beside them is asked for again, alone.
     """
     result = Result(name, way)
-    if not MODELS[name].sdpa and WAYS[way][0] == "sdpa":
+    if not exists(name, way):
         result.word = "-"
         return result
     try:

@@ -120,7 +120,7 @@ def summary(results: Results) -> Iterator[str]:
             continue
         worse = [f"{m} slower ({time:.2f})" for m, (time, _) in known.items() if time is not None and time < 1 - NOISE]
         worse += [f"{m} larger ({size:.2f})" for m, (_, size) in known.items() if size is not None and size < 1 - NOISE / 2]
-        yield f"{way} beside {peer}, {len(known)} models: {', '.join(worse) or 'nowhere slower or larger'}"
+        yield f"{way} beside {peer} ({', '.join(known)}): {', '.join(worse) or 'nowhere slower or larger'}"
     for model in _models(results):
         for way, peer in SAME_SOURCE:
             own, other = _of(results, model, way), _of(results, model, peer)
@@ -140,10 +140,11 @@ def summary(results: Results) -> Iterator[str]:
 TEXT = """\
 # Whole models
 
-{machine}, {versions}. Whole training steps in bf16 autocast: gradients to none, forward, backward, no optimizer. Weights are
-random fp32 weights from a configuration, data is random, dropout is off. ms: the median of at least 10 steps by CUDA events, one
-step behind the other, with nothing else at work on the GPU. GiB: `torch.cuda.max_memory_allocated` over those steps, weights and
-gradients included.
+{machine}, {versions}.
+
+Whole training steps in bf16 autocast: gradients to none, forward, backward, no optimizer. Weights are random, fp32, from a
+configuration; data is random; dropout is off. ms: the median of at least 10 steps by CUDA events, one step behind the other, with
+nothing else at work on the GPU. GiB: `torch.cuda.max_memory_allocated` over those steps, weights and gradients included.
 
 - `ours`: `torch.compile(backend=fusion_pass.flash_backend)` of the source with eager attention.
 - `compile`: plain `torch.compile` of the same source.
@@ -167,13 +168,19 @@ def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [line(header), "|" + "---|" * len(header), *map(line, rows)]
 
 
+def _described(results: Results, model: str) -> str:
+    text = f"- {model}: {MODELS[model].title}" + (f" ({MODELS[model].note})" if MODELS[model].note else "")
+    kernels = _of(results, model, "ours").kernels
+    return text + (f"; ours: {', '.join(kernels)}" if kernels else "")
+
+
 def markdown(run: Run, results: Results) -> str:
     """All of docs/models.md."""
     names = ("torch", "transformers", "triton", "timm")
     versions = ", ".join(f"{name} {getattr(run, name)}" for name in names if getattr(run, name))
     models = _models(results)
     lines = [*_grid(HEADER, [_cells(results, model) for model in models]), ""]
-    lines += [f"- {m}: {MODELS[m].title}" + (f" ({MODELS[m].note})" if MODELS[m].note else "") for m in models]
+    lines += [_described(results, model) for model in models]
     first = _grid(FIRST, [_first_cells(results, model) for model in models])
     end = ["", "```", *summary(results), "```", ""]
     return TEXT.format(machine=run.machine, versions=versions) + "\n".join(lines) + "\n" + FIRST_TEXT + "\n".join([*first, *end])

@@ -249,8 +249,8 @@ def test_the_table_and_what_it_comes_to() -> None:
     ]
     assert mpt.split() == ["mpt", "OOM", "?", "-", "-"]
     lines = list(summary(results()))
-    assert "ours beside compile, 1 models: nowhere slower or larger" in lines
-    assert "ours beside sdpa, 1 models: bert slower (0.95)" in lines
+    assert "ours beside compile (bert): nowhere slower or larger" in lines
+    assert "ours beside sdpa (bert): bert slower (0.95)" in lines
     assert "mpt, ours: OOM (too large)" in lines and "mpt, compile: ?" in lines
     assert not any(line.startswith("wrong") for line in lines)
     text = markdown(RUN, results())
