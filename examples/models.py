@@ -35,7 +35,7 @@ from models_steps import WAYS, Result, exists, measure
 from models_table import Run, agree, markdown, summary, table
 
 POLL = 0.05  # seconds between two looks at the processes
-TIMING = 3.0  # seconds that the timing of one way takes, for the plan
+TIMING = 2.5  # seconds that the timing of one way takes, for the plan
 STUCK = 60.0  # seconds that it may take
 LIBRARIES = ("torch", "triton", "transformers", "timm")
 TRIED = ("", "-", "OOM")  # words of results that --resume does not ask for again

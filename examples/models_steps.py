@@ -78,10 +78,10 @@ class Steps:
     def first(self, result: Result) -> None:
         """Compile, which is the first step, and note what it gives."""
         started = time.perf_counter()
-        result.loss = self.once().item()
+        loss = self.once().item()
         result.compiling = time.perf_counter() - started
         norms = [p.grad.norm() for p in self.module.parameters() if p.grad is not None]
-        result.gradient = torch.stack(norms).norm().item()
+        result.loss, result.gradient = loss, torch.stack(norms).norm().item()
         if not self.ours:
             return
         import fusion_pass
@@ -172,8 +172,8 @@ def measure(name: str, way: str, tiny: bool, compiled: Callable[[Result], bool])
         result.word = result.why = ""
     except Exception as error:
         traceback.print_exc()
-        missing = isinstance(error, ModuleNotFoundError) and error.name == MODELS[name].library
-        result.word = f"no {MODELS[name].library}" if missing else "OOM" if _out_of_memory(error) else "error"
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        result.word = f"no {missing}" if missing else "OOM" if _out_of_memory(error) else "error"
         result.why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     return result
 
