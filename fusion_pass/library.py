@@ -3,6 +3,8 @@
 torch chooses one of its kernels by the operands, and most of them are one opaque call.  On the tape stands what such a call is
 documented to compute.  The user's graph is not changed by that: there the attention is replaced as a whole or not at all.
 
+A bool mask is one to the user, whatever torch makes of it for a kernel: numbers, -inf for one and -65536 for another, aligned.
+
 A call without a mask is left as it is: what torch runs for it is as fast as anything.  With a mask or a bias it takes slower
 kernels, and reads a mask of N x M elements (one H200, `docs/benchmark.md`: the fastest of them took 1.35 to 53 times our time).
 On a CPU it is one kernel that reads masks, and ours is the same.
@@ -17,8 +19,9 @@ import torch
 from torch import Tensor
 
 from .strides import memory_order
+from .tape import Value
 
-__all__ = ["arguments", "in_products", "is_kernel", "kind_of", "laid_out_as", "why_left"]
+__all__ = ["arguments", "in_products", "is_kernel", "kind_of", "laid_out_as", "visible", "why_left"]
 
 PLAIN, MASKED = "plain", "masked"
 
@@ -36,14 +39,39 @@ def arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> di
     return {name: given[name] for name in ("query", "key", "value", "mask", "dropout_p", "is_causal", "scale") if name in given}
 
 
-def kind_of(mask: Tensor | None, learned: bool) -> str:
-    """What is noted of a call (`Record.library`); learned: whether its mask may need a gradient.
+def visible(mask: Value | None) -> tuple[Value, bool] | None:
+    """The bool tensor that torch made a mask of numbers from, inside of its call, and whether True is what is seen."""
+    record = mask.record if mask is not None else None
+    while record is not None and record.op in _ALIGNED and _in_one_call(mask, record.args[0]):
+        mask = record.args[0]
+        record = mask.record
+    if mask is None or mask.node is not None or record is None or record.op not in _CHOSEN:
+        return None  # whoever made it himself may have chosen between any numbers
+    chosen = record.args[_CHOSEN[record.op]]
+    return chosen, record.op == "where.self" and _number(record.args[1]) == 0
 
-    On a CPU torch computes such a call in products: the kernel was chosen without knowing of the gradient.
+
+_ALIGNED = frozenset({"expand.default", "constant_pad_nd.default", "slice.Tensor"})
+_CHOSEN = {"where.self": 0, "masked_fill.Scalar": 1, "masked_fill.Tensor": 1}  # op -> position of the condition
+
+
+def _in_one_call(a: Value | None, b: Value) -> bool:
+    return a is not None and a.node is None and a.record is not None and b.record is not None and a.record.node is b.record.node
+
+
+def _number(x: Any) -> Any:
+    """What a tensor of one number holds, where it is made here."""
+    return x.record.args[0] if isinstance(x, Value) and x.record is not None and x.record.op == "scalar_tensor.default" else x
+
+
+def kind_of(mask: Value | None) -> str:
+    """What is noted of a call (`Record.library`).
+
+    One with a mask that needs a gradient torch computes in products on a CPU: it chose a kernel here without knowing of that.
     """
     if mask is None:
         return PLAIN
-    return "" if learned and mask.device.type == "cpu" else MASKED
+    return "" if mask.differentiable and mask.tensor.device.type == "cpu" else MASKED
 
 
 def why_left(kind: str, device: torch.device) -> str | None:

@@ -160,6 +160,7 @@ class _Matcher:
             step = source_index(self.axes, value, index)
             assert step is not None
             index = step[1]
+        self._whole(product.outputs[0], index)
         *batch_index, row, column = index
         if side == 1:
             row, column = column, row
@@ -282,6 +283,14 @@ class _Matcher:
         sizes = [self.axes.sizes[a] for a in parts]
         best = max(range(len(parts)), key=lambda i: (not sizes[i].is_Integer, int(sizes[i]) if sizes[i].is_Integer else 0, i))
         return parts[best], [a for i, a in enumerate(parts) if i != best]
+
+    def _whole(self, product: Value, index: Sequence[sympy.Expr]) -> None:
+        """Refuse where the output is a part of the product alone: the op makes all of it."""
+        for size, expr in zip(product.shape, index, strict=True):
+            kept = sympy.Mul(*(self.axes.sizes[a] for a in self.axes.of(expr)))
+            if not same(kept, expr_of(size)):
+                seen = f"{kept} of the {expr_of(size)} elements of a dim of the product with the values are kept"
+                raise Refused(Reason.LAYOUT, seen, "the whole product")
 
     def _merged(self, expr: sympy.Expr) -> list[sympy.Symbol]:
         """The axes that a dim of the product merges, outermost first."""

@@ -100,10 +100,14 @@ class _Recorder(TorchDispatchMode):
         """The results of a kernel of the library's attention; the first as it is made of products (see `library`)."""
         given = library.arguments(func, args, kwargs)
         own, *others = func(*args, **kwargs)
-        mask = given.get("mask")
-        self.library = library.kind_of(mask, mask is not None and self.value_of(mask).differentiable)
+        mask = self.value_of(given["mask"]) if given.get("mask") is not None else None
+        self.library = library.kind_of(mask)
+        chosen = library.visible(mask)
         try:
             with self:
+                if mask is not None and chosen is not None:
+                    seen, positive = chosen
+                    given["mask"] = (seen.tensor if positive else ~seen.tensor).expand(mask.shape)
                 return library.laid_out_as(library.in_products(**given), own), *others
         finally:
             self.library = ""

@@ -11,7 +11,8 @@ from checks import Recorder, assert_fused, assert_rule, compile_always, exactly,
 from torch import Tensor
 
 import fusion_pass
-from fusion_pass.library import why_left
+from fusion_pass import library
+from fusion_pass.library import in_products, why_left
 from fusion_pass.site import Reason
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -79,3 +80,47 @@ def test_a_view_of_the_result_as_torchs_kernels_leave_it() -> None:
     fused = run(compile_always(fn, recorder), given)
     assert_fused(fusion_pass.last_report(), recorder, 1)
     assert_rule(fused, run(fn, given), exactly(fn, given))
+
+
+@pytest.mark.parametrize("low", [-0.5, float("-inf")])
+def test_numbers_that_the_caller_chose_are_a_mask_of_numbers(low: float) -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, torch.where(mask > 0, 0.0, low).expand(2, 3, 63, 63))
+
+    given = inputs()
+    recorder = Recorder("eager")
+    fused = run(compile_always(fn, recorder), given)
+    assert_fused(fusion_pass.last_report(), recorder, 1)
+    assert_rule(fused, run(fn, given), exactly(fn, given))
+
+
+def test_a_bool_mask_is_a_choice() -> None:
+    """Whatever torch makes of it for its kernel."""
+    recorder = Recorder("eager")
+    given = inputs()
+    compile_always(lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, mask > 0), recorder)(*given)
+    (site,) = fusion_pass.last_report().fused
+    assert site.attention is not None
+    assert site.attention.formula == "softmax(where(mask[b, 0, q, k] > 0, q k^T / 4, -inf))"
+
+
+@pytest.mark.parametrize(("dim", "pads"), [(0, (0, 0, 0, 0, 0, 0, 0, 2)), (2, (0, 0, 0, 4)), (3, (0, 8))])
+def test_a_part_of_the_product_is_not_all_of_it(monkeypatch: pytest.MonkeyPatch, dim: int, pads: tuple[int, ...]) -> None:
+    """As flash attention on a GPU pads odd head dims, and cuts them from the result inside of one call."""
+
+    def padded(query: Tensor, key: Tensor, value: Tensor, **how: object) -> Tensor:
+        size = (*query.shape[:3], value.shape[3])[dim]
+        query, key = F.pad(query, pads), F.pad(key, pads if dim != 2 else ())
+        value = F.pad(value, pads if dim != 2 else ())
+        return in_products(query, key, value, **how).narrow(dim, 0, size)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(library, "in_products", padded)
+    given, recorder = inputs(), Recorder("eager")
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, scale=0.25)
+
+    result = run(compile_always(fn, recorder), given)
+    (site,) = fusion_pass.last_report().refused
+    assert site.verdict.reason is Reason.LAYOUT and site.verdict.needed == "the whole product"
+    assert_rule(result, run(fn, given), exactly(fn, given))
