@@ -41,11 +41,10 @@ def arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> di
 
 def visible(mask: Value | None) -> tuple[Value, bool] | None:
     """The bool tensor that torch made a mask of numbers from, inside of its call, and whether True is what is seen."""
-    record = mask.record if mask is not None else None
-    while record is not None and record.op in _ALIGNED and _in_one_call(mask, record.args[0]):
-        mask = record.args[0]
-        record = mask.record
-    if mask is None or mask.node is not None or record is None or record.op not in _CHOSEN:
+    while mask is not None and mask.record is not None and mask.record.op in _ALIGNED and _in_one_call(mask, mask.record.args[0]):
+        mask = mask.record.args[0]
+    record = mask.record if mask is not None and mask.node is None else None
+    if record is None or record.op not in _CHOSEN:
         return None  # whoever made it himself may have chosen between any numbers
     chosen = record.args[_CHOSEN[record.op]]
     return chosen, record.op == "where.self" and _number(record.args[1]) == 0
@@ -55,8 +54,8 @@ _ALIGNED = frozenset({"expand.default", "constant_pad_nd.default", "slice.Tensor
 _CHOSEN = {"where.self": 0, "masked_fill.Scalar": 1, "masked_fill.Tensor": 1}  # op -> position of the condition
 
 
-def _in_one_call(a: Value | None, b: Value) -> bool:
-    return a is not None and a.node is None and a.record is not None and b.record is not None and a.record.node is b.record.node
+def _in_one_call(a: Value, b: Value) -> bool:
+    return a.node is None and a.record is not None and b.record is not None and a.record.node is b.record.node
 
 
 def _number(x: Any) -> Any:

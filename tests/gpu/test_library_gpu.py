@@ -66,15 +66,14 @@ def test_a_learned_bias() -> None:
     assert_rule(fused, run(fn, x), exactly(fn, x))
 
 
-def test_a_bool_mask_is_a_choice() -> None:
-    """Not the numbers that torch makes of it for its kernel: tiles are skipped, and a causal one is torch's own."""
-    x = qkv(2, 4, 256, 256, 64, torch.bfloat16)
-    seen = torch.ones(256, 256, dtype=torch.bool, device="cuda")
-    for diagonal, kernel in ((0, "cudnn"), (-1, "triton")):
-        compile_always(lambda q, k, v, m=seen.tril(diagonal): F.scaled_dot_product_attention(q, k, v, m), Recorder("eager"))(*x)
-        (site,) = fusion_pass.last_report().fused
-        assert site.attention is not None and "-inf" in site.attention.formula
-        assert site.verdict.kernel in (kernel, "triton")
+@pytest.mark.parametrize("diagonal", [0, -1])
+def test_a_bool_mask_is_a_choice(diagonal: int) -> None:
+    """Not the numbers that torch makes of it for its kernel."""
+    seen = torch.ones(256, 256, dtype=torch.bool, device="cuda").tril(diagonal)
+    recorder, x = Recorder("eager"), qkv(2, 4, 256, 256, 64, torch.bfloat16)
+    compile_always(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, seen), recorder)(*x)
+    (site,) = fusion_pass.last_report().fused
+    assert site.attention is not None and site.attention.formula.endswith(", -inf))"), site.attention.formula
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
