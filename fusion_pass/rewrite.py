@@ -110,7 +110,7 @@ class Splicer:
     def _insert(self, match: Match, scores: Scores, sdpa: Form | None) -> torch.fx.Node:
         q, k, v = (self._factor(f) for f in (match.q, match.k, match.v))
         q, k, v = (self._kept(n, f.value, match) for n, f in zip((q, k, v), (match.q, match.k, match.v), strict=True))
-        captures = [self._kept(self._held(c), c, match) if isinstance(c, Value) else self._number(c, q) for c in scores.captures]
+        captures = [self._capture(c, order, q, match) for c, order in zip(scores.captures, scores.orders, strict=True)]
         params = [self.size(e) for e in scores.params]
         seed = self._seed(match)
         if sdpa is not None:
@@ -161,16 +161,19 @@ class Splicer:
 
     def _copy(self, node: torch.fx.Node, like: torch.Tensor) -> None:
         """Hand what reads a node a copy of it, in the memory order of `like`."""
-        users, order = list(node.users), memory_order(like)
-        turned = order != sorted(order)
+        users = list(node.users)
         with self.gm.graph.inserting_before(node.next):
-            copy = self.call("contiguous", self.call("permute", node, *order) if turned else node)
-            if turned:
-                copy = self.call("permute", copy, *(order.index(i) for i in range(len(order))))
+            copy = self._in_order(node, memory_order(like))
         for user in users:
             user.replace_input_with(node, copy)
 
     # ------------------------------------------------------------ making nodes
+
+    def _in_order(self, node: torch.fx.Node, order: list[int]) -> torch.fx.Node:
+        """A copy with the dims in memory in `order`, the outermost first."""
+        turned = order != sorted(order)
+        copy = self.call("contiguous", self.call("permute", node, *order) if turned else node)
+        return self.call("permute", copy, *(order.index(i) for i in range(len(order)))) if turned else copy
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> torch.fx.Node:
         """A call with its fake value; `target` a function, or the name of a tensor method."""
@@ -199,6 +202,12 @@ class Splicer:
         args, kwargs = pytree.tree_map_only((torch.SymInt, torch.SymFloat), self.scalar, (args, kwargs))
         node = self.call(record.func, *args, **kwargs)
         return node if len(record.outputs) == 1 else self.call(operator.getitem, node, value.output)
+
+    def _capture(self, what: Value | Number, order: list[int] | None, q: torch.fx.Node, match: Match) -> torch.fx.Node:
+        if isinstance(what, Number):
+            return self._number(what, q)
+        node = self._kept(self._held(what), what, match)
+        return node if order is None else self._in_order(node, order)
 
     def _number(self, number: Number, like: torch.fx.Node) -> torch.fx.Node:
         """A 0-d tensor of a symbolic float."""

@@ -20,6 +20,7 @@ from .describe import INDEXED, REDUCTIONS, has_score, symbols_of
 from .indexing import Div, Mod, coefficient, expr_of
 from .match import Match
 from .site import Reason, Refused, overwritten
+from .tables import better_order, is_across
 from .tape import Value
 
 __all__ = ["Number", "Scores", "scores"]
@@ -43,6 +44,7 @@ class Scores:
     program: Program
     captures: list[Value | Number]
     params: list[sympy.Expr]
+    orders: list[list[int] | None]  # of each capture: the order in memory that it is to be copied into (`tables`)
 
 
 def scores(match: Match) -> Scores:
@@ -67,6 +69,7 @@ class _Writer:
     def __init__(self, match: Match) -> None:
         self.m, self.axes = match, match.describer.axes
         self.captures: list[Value | Number] = []
+        self.orders: list[list[int] | None] = []
         self.params: list[sympy.Expr] = []
         self.done: dict[Node, Node] = {}
         self.index: dict[sympy.Symbol, Node] = {match.query: p.index("q"), match.axis: p.index("k")}
@@ -92,7 +95,7 @@ class _Writer:
         # what folding left unread stays a capture, for its gradient is zero in eager, not absent
         captures = tuple(read.get(i) or _unread(c) for i, c in enumerate(self.captures))
         program = Program(root, captures, len(self.params), self.m.zero_rows, *sinks, inf_rows=self.m.inf_rows, weight=weight)
-        return Scores(program, self.captures, self.params)
+        return Scores(program, self.captures, self.params, self.orders)
 
     def _sink(self, sink: Node) -> Node:
         """The score of a column that is in the softmax and has no value.
@@ -248,13 +251,15 @@ class _Writer:
             seen = "the score reads a tensor that is computed from the scores (a top-k threshold, a row norm)"
             raise Refused(Reason.NOT_EXPRESSIBLE, seen, "a pointwise function of q.k")
         held = [(v, i) for v, i in held if v not in self.descended]
-        value, index = min(held, key=lambda h: _weight(h[0]))
-        loaded = self._captured(value, [self.integer(e) for e in index])
+        value, index = min(held, key=lambda h: _weight(h[0], is_across(*h, self.m.axis)))
+        order = better_order(value, index, self.m.query, self.m.axis)
+        loaded = self._captured(value, [self.integer(e) for e in index], order)
         return apply("to_bool", loaded) if node.kind == "bool" and loaded.kind != "bool" else loaded
 
-    def _captured(self, what: Value | Number, index: list[Node]) -> Node:
+    def _captured(self, what: Value | Number, index: list[Node], order: list[int] | None = None) -> Node:
         if what not in self.captures:
             self.captures.append(what)
+            self.orders.append(order)
         dtype = torch.float32 if isinstance(what, Number) else what.dtype
         kind = _kind(dtype)
         return p.load(self.captures.index(what), kind, index)
@@ -318,10 +323,10 @@ def _is_mask(node: Node) -> bool:
     return node.op == "where" and all(a.op == "const" for a in node.args[1:])
 
 
-def _weight(value: Value) -> tuple[int, int, int]:
-    """Smaller first; among equals the one that a Dynamo node holds, then the one made first."""
+def _weight(value: Value, across: bool) -> tuple[int, bool, bool, int]:
+    """Smaller first; among equals one that a Dynamo node holds, then one that lies as it is read, then the one made first."""
     numel = 1
     for s in value.shape:
         e = expr_of(s)
         numel *= int(e) if e.is_Integer else 64  # a symbolic dim counts as long
-    return numel, value.node is None, value.id
+    return numel, value.node is None, across, value.id
