@@ -153,8 +153,8 @@ def parts(program: Program, wrt: tuple[int, ...], fast_bfloat16: bool, keys: boo
     if kv_bounds is None and q_bounds is None:
         return Parts(masked, masked, None, None, None, None, masked.deep, -math.inf, sink, weight)
     mask = tiles.pair_mask(program, wrt) if pairs else None
-    graded = mask is not None and mask.graded  # scores between: their rows are deep as in `masked`, whatever other tiles they meet
-    full = codegen.phase(tiles.full_program(program, keys, pairs, wrt), wrt, fast_bfloat16, whole=graded and masked.factor == 1)
+    graded = mask is not None and mask.graded  # scores between: any row may be as wide or deep as `masked`, in all of its tiles
+    full = codegen.phase(tiles.full_program(program, keys, pairs, wrt), wrt, fast_bfloat16, graded and masked.wide)
     key_mask = codegen.key_mask(program) if keys and not pairs else None
     deep = full.deep or (graded and masked.deep)
     fill = tiles.fill(program, keys, pairs, wrt)

@@ -216,9 +216,9 @@ def plan(
     align, (qs, ks, vs, gs) = strides(q, k, v, do)
     dropout = (threshold(dropout_p), keep_scale(dropout_p))
     exact = mode == configs.EXACT_FP32
-    # a row's base is in the units of both: a tile without its masks cannot have a factor of its own
-    whole_tiles = masked if exact and found.full.factor != masked.factor else found.full
     apart, apart_full = masked.deep or exact, found.deep or exact
+    # a row's base is in the units of both: a tile without its masks cannot have a factor of its own
+    whole_tiles = masked if apart_full and found.full.factor != masked.factor else found.full
     deep = None
     used = []  # the tiles that ask for bounds, (rows, keys)
     if apart:

@@ -112,14 +112,14 @@ def _like_s(writer: Writer, root: Node) -> str:
 
 
 @lru_cache(maxsize=1024)
-def phase(program: Program, wrt: tuple[int, ...] = (), fast_bfloat16: bool = False, whole: bool = False) -> Phase:
+def phase(program: Program, wrt: tuple[int, ...] = (), fast_bfloat16: bool = False, wide: bool = False) -> Phase:
     """The device functions of `program`; wrt: the float captures whose gradients are wanted, in the order of daux.
 
-    whole: with a factor of 1, as that of a wide program is.
+    wide: whether to take it for wide, whatever it reads.
     """
     root = canonical(program.root)
-    wide = reaches(root, 1e6)
-    inner, factor = (root, 1.0) if wide or whole else peel(root, -math.inf, positive=True)
+    wide = wide or reaches(root, 1e6)
+    inner, factor = (root, 1.0) if wide else peel(root, -math.inf, positive=True)
     writer = Writer(program, fast_bfloat16)
     result = _like_s(writer, inner)
     score = function("score", _SCORE, [*writer.lines, result])

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 import torch
 import triton_cases
-from fusion_kernels import codegen
+from fusion_kernels import codegen, pair_ranges
 from fusion_kernels.backward import attention_backward
 from fusion_kernels.forward import attention_forward
-from fusion_kernels.pair_ranges import PairRanges
 from fusion_kernels.program import SCORE, Capture, Node, Program, apply, const, load
 from fusion_kernels.tiles import pair_mask
 from key_mask_cases import FILLS, STRUCTURES, few_scores
@@ -21,7 +20,7 @@ from torch import Tensor
 from triton_cases import LOWEST, B, Case, H, K, Q, Shape
 
 ZERO = const(0)
-STATES = {"causal": lambda q, k: q >= k, "window": lambda q, k: (q >= k) & (q - k < 16), "blocks": lambda q, k: q // 32 == k // 32}
+STRUCTURED = {"causal": lambda q, k: q >= k, "window": lambda q, k: (q >= k) & (q - k < 16), "blocks": lambda q, k: q // 32 == k // 32}
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ def case_of(p: Paired) -> tuple[Case, Tensor, Tensor]:
     predicates: list[Node] = []
     if STRUCTURES[p.structure] is not None:
         predicates.append(STRUCTURES[p.structure])
-        alive &= STATES[p.structure](torch.arange(p.n)[:, None], torch.arange(p.m))
+        alive &= STRUCTURED[p.structure](torch.arange(p.n)[:, None], torch.arange(p.m))
     if p.bias:
         x = apply("add", x, load(0, "float", [Q, K]))
         tensors.append(torch.randn(p.n, p.m))
@@ -239,13 +238,17 @@ def compare(p: Paired, device: str = "cpu") -> list[str]:
 # ---------------------------------------------------------------- the ranges themselves
 
 
-def ranges(p: Paired, rows: int, columns: int, device: str = "cpu") -> tuple[list[list[int]], list[list[int]]]:
-    """(found, expected): of every batch and head, the ranges of each `rows` queries, then of each `columns` keys."""
+def ranges(p: Paired, rows: int, columns: int, line: int = 1024, device: str = "cpu") -> tuple[list[list[int]], list[list[int]]]:
+    """(found, expected): of every batch and head, the ranges of each `rows` queries, then of each `columns` keys.
+
+    line: how many tiles of a line are looked at together.
+    """
+    pair_ranges._LINE = line
     case, alive, plain = case_of(p)
     mask = codegen.pair_mask(case.program, case.wrt)
     assert mask is not None
     captures = [c.to(device) for c in case.captures]
-    asked = PairRanges(mask, (p.batch, p.heads, p.n, p.m), rows, columns, backward=True)
+    asked = pair_ranges.PairRanges(mask, (p.batch, p.heads, p.n, p.m), rows, columns, backward=True)
     *_, found, b_stride, h_stride, _, _ = asked(codegen.aux_arguments(case.program, captures, ()), torch.device(device))
     flat, lines = found.flatten().tolist(), found.shape[2]
     got, expected = [], []
@@ -265,8 +268,11 @@ def _tiles(mask: Tensor, rows: int, columns: int, of: Callable[[Tensor], Tensor]
 
 def _line(some: Sequence[bool], every: Sequence[bool], unit: int, size: int) -> list[int]:
     live = [i for i, s in enumerate(some) if s]
-    runs = [(i, j) for i in range(len(every)) for j in range(i, len(every) + 1) if all(every[i:j])]
-    first, last = max(runs, key=lambda r: (r[1] - r[0], -r[0])) if any(every) else (0, 0)
+    first = last = begin = 0
+    for i, plain in enumerate(every):
+        begin = begin if plain else i + 1
+        if i + 1 - begin > last - first:
+            first, last = begin, i + 1
     ends = (live[0], live[-1] + 1) if live else (len(some), 0)
     return [min(i * unit, size) for i in (*ends, first, last)]
 

@@ -52,10 +52,11 @@ def test_ranges(worker: ProcessPoolExecutor, paired: dict[str, Any], granularity
     assert found == expected
 
 
-def test_ranges_of_many_blocks_and_strips(worker: ProcessPoolExecutor) -> None:
+@pytest.mark.parametrize("masks", [("ready",), ("documents", "rows"), ("added between",)], ids="+".join)
+def test_ranges_of_many_blocks_and_strips(worker: ProcessPoolExecutor, masks: tuple[str, ...]) -> None:
     """More keys than a program of the map looks at, and more tiles in a line than are looked at together."""
-    paired = {"n": 33, "m": 17000, "masks": ("ready",), "seed": 1, "batch": 1}
-    found, expected = worker.submit(run, "ranges", paired, 16, 16).result()
+    paired = {"n": 300, "m": 1100, "masks": masks, "seed": 1, "batch": 1}
+    found, expected = worker.submit(run, "ranges", paired, 16, 16, 16).result()
     assert found == expected
 
 
@@ -118,10 +119,10 @@ def test_any(worker: ProcessPoolExecutor, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("structure", ["none", "causal"])
 def test_another_document_is_not_read(worker: ProcessPoolExecutor, structure: str) -> None:
-    check(worker, "poisoned", n=1024, m=1024, masks=("documents",), structure=structure, batch=1)
+    check(worker, "poisoned", n=256, m=256, masks=("documents",), structure=structure, batch=1)
 
 
 def test_few_scores_are_not_asked_about(worker: ProcessPoolExecutor) -> None:
-    paired = {"n": 1024, "m": 1024, "masks": ("documents",), "batch": 1}
+    paired = {"n": 256, "m": 256, "masks": ("documents",), "batch": 1}
     changed = worker.submit(run, "poisoned", paired, 1 << 60).result()
     assert changed == ["out changed", "dq changed", "dk changed", "dv changed"]
