@@ -131,14 +131,23 @@ _MASKS: dict[str, Callable[[Paired, int], Made]] = {
     "documents": _documents, "packed": _packed, "ready": _ready, "hidden": _hidden, "of heads": _of_heads, "none": _none,
     "every": _every, "rows": _rows, "padding": _padding, "prefix": _prefix,
 }  # fmt: skip
-_ADDED = {"added": -math.inf, "added lowest": LOWEST, "added keys": LOWEST, "added between": -math.inf}
+_ADDED = {
+    "added": -math.inf, "added lowest": LOWEST, "added keys": LOWEST, "added between": -math.inf,
+    "added far": -math.inf, "added low": -math.inf,
+}  # fmt: skip
 
 
 def _added(p: Paired, name: str, at: int) -> tuple[Node, Tensor]:
-    """A mask of numbers, and where it lies: "between" with some that are neither 0 nor a mask."""
-    dead = const(_ADDED[name]).attr
+    """A mask of numbers, and where it lies: "between" with some that are neither 0 nor a mask, "far" with rows far above their
+    plain tiles, "low" with rows so low that their log-sum-exp has no digits left."""
+    dead = _ADDED[name]
     if name == "added keys":
         return load(at, "float", [B, ZERO, ZERO, K]), torch.where(_some(p.batch, 1, 1, p.m), 0.0, dead)
+    if name in ("added far", "added low"):
+        mask = torch.where(torch.arange(p.m) < p.m * 3 // 4, 0.0, dead).expand(p.batch, 1, p.n, -1).clone()
+        rows, keys, value = (slice(8, 16), slice(p.m // 2, None), 1.5) if name == "added far" else (slice(-8, None), slice(None), -6e4)
+        mask[:, :, rows, keys] = value
+        return apply("mul", load(at, "float", [B, ZERO, Q, K]), const(2e4)), mask
     mask = torch.where(_ready(p, at)[2], 0.0, dead)
     if name == "added between":
         mask[..., : p.m // 2] += torch.where(torch.rand(p.n, p.m // 2) < 0.1, -1e9, 0.0)

@@ -86,6 +86,13 @@ def test_masks_that_are_added(worker: ProcessPoolExecutor, masks: tuple[str, ...
     check(worker, "compare", n=129, m=197, masks=masks, heads=2, kv_heads=1, batch=1, seed=4)
 
 
+@pytest.mark.parametrize("added", ["added far", "added low"])
+def test_rows_far_from_plain_tiles(worker: ProcessPoolExecutor, added: str) -> None:
+    """In half, whose eager takes such scores to fp32 beside a fill that is beyond half."""
+    check(worker, "compare", n=129, m=197, masks=("every", added), fill="lowest", batch=1, dtype="float16")
+    check(worker, "compare", n=129, m=197, masks=(added,), batch=1)
+
+
 @pytest.mark.parametrize("masks", [("documents",), ("added lowest",), ("ready", "padding")], ids="+".join)
 def test_what_else_a_program_has(worker: ProcessPoolExecutor, masks: tuple[str, ...]) -> None:
     """A learned bias that a mask does not take for one, sinks, weights, zeros of rows without a key, dropout, halves."""
