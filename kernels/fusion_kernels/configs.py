@@ -21,11 +21,11 @@ EXACT_FP32 = "tf32x3"
 # and 0.8 backward at 2^27 and 2^28 scores; at 2^26 a forward was bound by the host.
 FEW_SCORES = 1 << 26
 
-# With fewer scores than this nobody asks which pairs of a query and a key tensors hide (`pair_ranges`), nor where fewer heads than
-# this (of all batches) share a mask. Both are estimates. A call takes two launches more; 2^27 scores take some 100 us forward
-# (D = 64). An element of a mask takes some 0.3 ps of the device (a byte at 3 TB/s, or ten instructions of 30 T a second), a score
-# 0.6 (D = 64) to 1.3 ps (D = 128) forward, 2.5 times that backward: for a mask that eight heads share, and that turns out to
-# hide nothing, at most 0.06 of a forward is lost, 0.03 of a backward.
+# With fewer scores than this nobody asks which pairs of a query and a key tensors hide (`pair_ranges`), nor where fewer heads, of
+# all batches, share a mask. Both are estimates between measurements. A call takes two launches more; 2^27 scores take some 100 us
+# forward (D = 64). An element of a mask takes some 0.3 ps of the device (a byte at 3 TB/s, or ten instructions of 30 T a second),
+# a score 0.7 (D = 64) to 1.2 ps (D = 128) forward, 2.5 times that backward: of a mask that eight heads share, and that turns out
+# to hide nothing, at most 0.06 of a forward is lost, 0.03 of a backward.
 FEW_PAIR_SCORES = 1 << 27
 PAIR_SHARERS = 8
 

@@ -22,7 +22,8 @@ def jobs() -> list[Paired]:
             out += [Paired(197, 1025, masks, fill=fill, dtype=dtype, heads=2, d=64) for fill in ("-inf", "-1e9", "lowest")]
     for structure in ("causal", "window", "blocks"):
         for fill in ("-inf", "lowest"):
-            out.append(Paired(1100, 1100, ("documents",), structure=structure, fill=fill, dtype="bfloat16", heads=2, d=128, seed=1))
+            masks = ("documents",)
+            out.append(Paired(1100, 1100, masks, structure=structure, fill=fill, dtype="bfloat16", heads=2, d=128, seed=1))
     for masks in (("packed",), ("prefix",), ("of heads",), ("none",), ("every",)):
         out.append(Paired(600, 600, masks, dtype="bfloat16", heads=4, kv_heads=2, d=64, fill="lowest", seed=2))
     for masks in (("added",), ("added lowest",), ("added keys",), ("added between",), ("added lowest", "documents")):

@@ -1,5 +1,5 @@
-"""Programs whose tensors hide keys from some queries (documents, ready-made masks), for the Triton kernels. Runs where Triton runs:
-in the interpreter's process, or on a GPU. Every function here takes and gives what can be pickled.
+"""Programs whose tensors hide keys from some queries (documents, ready-made masks), for the Triton kernels. Runs where Triton
+runs: in the interpreter's process, or on a GPU. Every function here takes and gives what can be pickled.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from torch import Tensor
 from triton_cases import LOWEST, B, Case, H, K, Q, Shape
 
 ZERO = const(0)
-STRUCTURED = {"causal": lambda q, k: q >= k, "window": lambda q, k: (q >= k) & (q - k < 16), "blocks": lambda q, k: q // 32 == k // 32}
+STRUCTURED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "causal": lambda q, k: q >= k, "window": lambda q, k: (q >= k) & (q - k < 16), "blocks": lambda q, k: q // 32 == k // 32,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,10 @@ def _added(p: Paired, name: str, at: int) -> tuple[Node, Tensor]:
         return load(at, "float", [B, ZERO, ZERO, K]), torch.where(_some(p.batch, 1, 1, p.m), 0.0, dead)
     if name in ("added far", "added low"):
         mask = torch.where(torch.arange(p.m) < p.m * 3 // 4, 0.0, dead).expand(p.batch, 1, p.n, -1).clone()
-        rows, keys, value = (slice(8, 16), slice(p.m // 2, None), 1.5) if name == "added far" else (slice(-8, None), slice(None), -6e4)
-        mask[:, :, rows, keys] = value
+        if name == "added far":
+            mask[:, :, 8:16, p.m // 2 :] = 1.5
+        else:
+            mask[:, :, -8:] = -6e4
         return apply("mul", load(at, "float", [B, ZERO, Q, K]), const(2e4)), mask
     mask = torch.where(_ready(p, at)[2], 0.0, dead)
     if name == "added between":

@@ -10,11 +10,11 @@ from fusion_kernels import configs
 from fusion_kernels.codegen import pair_mask as kernel
 from fusion_kernels.evaluate import Box, Environment, evaluate
 from fusion_kernels.pair_ranges import asks
-from fusion_kernels.program import SCORE, Capture, Node, Program, apply, const, index, load
+from fusion_kernels.program import SCORE, Capture, Node, Program, const, index, load
 from fusion_kernels.tiles import fill, full_program, key_mask, pair_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tiles import CAUSAL, K, LOWEST, Q, mask_value, op, predicate, scores, small
+from test_tiles import CAUSAL, LOWEST, K, Q, mask_value, op, predicate, scores, small
 
 B, H = index("b"), index("h")
 READY, WORDS, ADDED = load(0, "bool", [Q, K]), load(2, "int", [K]), load(3, "float", [Q, K])
