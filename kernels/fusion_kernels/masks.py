@@ -69,8 +69,8 @@ def _about_pairs(node: Node) -> bool:
 
 
 def _terms(root: Node, learned: Collection[int]) -> list[Node]:
-    """What may be a mask that is added: the float expressions of tensors beside the score, sums taken apart, that read neither
-    h (what differs from head to head is a bias) nor a capture of `learned`."""
+    """What may be a mask that is added: the float expressions of tensors and positions beside the score, sums taken apart, that
+    read neither h (what differs from head to head is a bias) nor a capture of `learned`."""
     found: dict[Node, None] = {}
     stack, seen = [root], {root}
     while stack:
@@ -80,7 +80,7 @@ def _terms(root: Node, learned: Collection[int]) -> list[Node]:
             seen.add(a)
             if a.op in ("add", "sub") or a.depends_on("score", "grad"):
                 stack.append(a)
-            elif a.depends_on("load") and not a.depends_on("h"):
+            elif a.depends_on("load") and a.depends_on("q", "k") and not a.depends_on("h"):
                 found[a] = None
     return [a for a in found if not any(leaf.op == "load" and leaf.attr in learned for leaf in a.leaves)]
 

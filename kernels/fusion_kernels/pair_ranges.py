@@ -138,6 +138,11 @@ def asks(program: Program, wrt: tuple[int, ...], sizes: tuple[int, int, int, int
     return batch * heads >= configs.PAIR_SHARERS * own
 
 
+def _power(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
 class PairRanges:
     """The launches for one kind of call; gives aux with the ranges, (batches, heads, lines, 4) int32, their strides and the
     granularity at its end.
@@ -158,11 +163,11 @@ class PairRanges:
         self.shape = (batches, heads, lines, 4)
         self.tiles = own * q_tiles * k_tiles
         self.end = (4 * lines * heads if batches > 1 else 0, 4 * lines if heads > 1 else 0, rows, columns)
-        wide = max(columns, min(_WIDE, triton.next_power_of_2(m)))
+        wide = max(columns, min(_WIDE, _power(m)))
         step = max(1, min(rows, _ELEMENTS // wide))
         constants = (heads, *sizes, mask.bounds, mask.function, rows, columns, step, wide)
         self.look = Launch(_tile_map, own * q_tiles * tiles_of(m, wide), constants, _WARPS, 1)
-        block = max(16, min(_LINE, triton.next_power_of_2(max(q_tiles if backward else 0, k_tiles))))
+        block = max(16, min(_LINE, _power(max(q_tiles if backward else 0, k_tiles))))
         self.sum = Launch(_line_ranges, own * lines, (lines, n, m, rows, columns, block), 4, 1)
 
     def __call__(self, aux: tuple[Any, ...], device: torch.device, stream: int | None = None) -> tuple[Any, ...]:

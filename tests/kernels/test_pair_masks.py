@@ -128,6 +128,7 @@ def test_an_added_mask_is_dead_plain_or_between() -> None:
         op("where", READY, SCORE, ADDED),  # what stands in its place may be anything
         op("mul", SCORE, ADDED),
         op("tanh", op("add", SCORE, ADDED)),  # -1 at the least
+        op("add", SCORE, load(3, "float", [B, const(0)])),  # of a whole batch
         op("add", SCORE, load(3, "float", [H, K])),  # heads have their own: a bias
         op("where", op("gt", op("add", op("mul", ADDED, ADDED), ADDED), 1.0), SCORE, -math.inf),  # one rounding, or two
     ],
