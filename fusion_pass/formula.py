@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import sympy
 from fusion_kernels.float16_sums import inside
-from fusion_kernels.masks import split
+from fusion_kernels.masks import pair_split, split
 from fusion_kernels.program import Node, Program
-from fusion_kernels.tiles import key_mask, kv_bounds
+from fusion_kernels.tiles import full_program, key_mask, kv_bounds
 
 from .site import MaskFacts
 
@@ -44,21 +44,30 @@ def _weighted(weight: Node, text: str, names: Sequence[str], params: Sequence[st
     return _Printer(names, params, text).text(weight) if once else f"{_Printer(names, params, 'p').text(weight)} of p = {text}"
 
 
-def mask_facts(program: Program, names: Sequence[str], params: Sequence[str]) -> MaskFacts:
-    """Which keys a query can see: by position, and by tensors that hide a key from every query; whether tiles are skipped."""
+def mask_facts(program: Program, names: Sequence[str], params: Sequence[str], learned: tuple[int, ...] = ()) -> MaskFacts:
+    """Which keys a query can see: by position, by tensors that hide a key from every query, and by tensors that hide it from
+    some; whether tiles are skipped.
+
+    learned: the captures that need a gradient.
+    """
     printer = _Printer(names, params)
-    found, hidden = split(program.root), key_mask(program)
-    padding = [] if hidden is None else [f"padding: {' and '.join(printer.text(c, 1) for c in _conjuncts(hidden, True))}"]
-    if found is None or kv_bounds(program) is None:
-        everywhere = "full: no key is known to be masked from positions alone"
-        return MaskFacts("; ".join(padding) or everywhere, bool(padding))
-    words, causal = [], False
-    for part in _conjuncts(found.dead, False):
-        text, bounds_keys = _condition(part, printer)
-        words.append(text)
-        causal |= bounds_keys
-    position = f"{'causal' if causal else 'masked by position'}: {' and '.join(words)}"
-    return MaskFacts("; ".join([position, *padding]), True)
+    facts = []
+    if (found := split(program.root)) is not None and kv_bounds(program) is not None:
+        words, causal = [], False
+        for part in _conjuncts(found.dead, False):
+            text, bounds_keys = _condition(part, printer)
+            words.append(text)
+            causal |= bounds_keys
+        facts.append(f"{'causal' if causal else 'masked by position'}: {' and '.join(words)}")
+    if (hidden := key_mask(program)) is not None:
+        facts.append(f"padding: {_all(hidden, True, printer)}")
+    if (pairs := pair_split(full_program(program, keys=True).root, learned)) is not None:
+        facts.append(f"by query and key: {_all(pairs.dead, False, printer)}")
+    return MaskFacts("; ".join(facts) or "full: no key is known to be masked from positions alone", bool(facts))
+
+
+def _all(node: Node, wanted: bool, printer: _Printer) -> str:
+    return " and ".join(printer.text(c, 1) for c in _conjuncts(node, wanted))
 
 
 _OPPOSITE = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}

@@ -280,15 +280,18 @@ class _Run:
 
     def _describe(self, found: Match, score: Scores) -> AttentionSite:
         names = [_name(c) if isinstance(c, Value) else str(c.expr) for c in score.captures]
+        captures = tuple(_captured(c, n) for c, n in zip(score.captures, names, strict=True))
+        learned = tuple(i for i, c in enumerate(captures) if c.requires_grad)
+        params = [str(e) for e in score.params]
         return AttentionSite(
             q=self._operand(found.q),
             k=self._operand(found.k),
             v=self._operand(found.v),
             program=score.program,
-            captures=tuple(_captured(c, n) for c, n in zip(score.captures, names, strict=True)),
+            captures=captures,
             dropout_p=found.dropout_p,
-            formula=formula(score.program, names, [str(e) for e in score.params]),
-            mask=mask_facts(score.program, names, [str(e) for e in score.params]),
+            formula=formula(score.program, names, params),
+            mask=mask_facts(score.program, names, params, learned),
             device=legality.site_device(found),
             bytes_saved=legality.bytes_saved(found, score, self.counted),
         )

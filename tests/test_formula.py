@@ -20,7 +20,8 @@ def masked(p: Node, *captures: Capture) -> Program:
     return Program(apply("where", p, SCORE, NEVER), captures)
 
 
-PAIR = load(0, "bool", [Q, K])
+PAIR, ADDED = load(0, "bool", [Q, K]), load(0, "float", [Q, K])
+SAME = apply("eq", load(0, "int", [B, Q]), load(0, "int", [B, K]))
 FACTS: dict[str, tuple[Program, str, bool]] = {
     "none": (Program(SCORE), "full: no key is known to be masked from positions alone", False),
     "causal": (masked(CAUSAL), "causal: k <= q", True),
@@ -30,7 +31,15 @@ FACTS: dict[str, tuple[Program, str, bool]] = {
     "padding": (masked(KEEP, Capture("bool", 2)), "padding: keep[b, k]", True),
     "no padding": (masked(apply("not", KEEP), Capture("bool", 2)), "padding: not keep[b, k]", True),
     "both": (masked(apply("and", CAUSAL, KEEP), Capture("bool", 2)), "causal: k <= q; padding: keep[b, k]", True),
-    "by query and key": (masked(PAIR, Capture("bool", 2)), "full: no key is known to be masked from positions alone", False),
+    "by query and key": (masked(PAIR, Capture("bool", 2)), "by query and key: keep[q, k]", True),
+    "documents": (
+        masked(apply("and", CAUSAL, SAME), Capture("int", 2)), "causal: k <= q; by query and key: keep[b, q] == keep[b, k]", True,
+    ),
+    "added": (Program(apply("add", SCORE, ADDED), (Capture("float", 2),)), "by query and key: keep[q, k] > -1e+30", True),
+    "a bias of heads": (
+        Program(apply("add", SCORE, load(0, "float", [H, Q, K])), (Capture("float", 3),)),
+        "full: no key is known to be masked from positions alone", False,
+    ),
 }  # fmt: skip
 
 
@@ -39,6 +48,11 @@ def test_mask_facts(name: str) -> None:
     program, text, skips = FACTS[name]
     facts = mask_facts(program, ["keep"], [])
     assert (facts.text, facts.skips) == (text, skips)
+
+
+def test_a_learned_bias_is_no_mask() -> None:
+    program = FACTS["added"][0]
+    assert not mask_facts(program, ["bias"], [], learned=(0,)).skips
 
 
 def test_formula() -> None:

@@ -126,6 +126,8 @@ class Parts:
     kv_bounds: Any
     q_bounds: Any
     key_mask: Any  # what `key_ranges` has to ask before the bounds can be called, or None
+    pair_mask: codegen.PairMask | None  # the same of `pair_ranges`, which then asks all
+    deep: bool  # `Phase.deep` of what is neither skipped nor worth `fill`
     fill: float  # of what the bounds skip
     sink: codegen.Sink | None
     weight: codegen.Weight | None
@@ -141,16 +143,22 @@ class Parts:
 
 
 @lru_cache(maxsize=1024)
-def parts(program: Program, wrt: tuple[int, ...], fast_bfloat16: bool, keys: bool = False) -> Parts:
-    """keys: whether to skip the keys that tensors hide from every query (padding)."""
+def parts(program: Program, wrt: tuple[int, ...], fast_bfloat16: bool, keys: bool = False, pairs: bool = False) -> Parts:
+    """keys: whether to skip the keys that tensors hide from every query (padding); pairs: and what they hide from some."""
     masked, sink = codegen.phase(program, wrt, fast_bfloat16), codegen.sink(program, wrt, fast_bfloat16)
     weight = codegen.weight(program, wrt, fast_bfloat16)
-    kv_bounds, q_bounds = codegen.bounds(program, "k", keys), codegen.bounds(program, "q", keys)
+    pair_mask = codegen.pair_mask(program, wrt, fast_bfloat16) if pairs else None
+    pairs = pair_mask is not None
+    kv_bounds, q_bounds = (codegen.bounds(program, over, keys, pairs) for over in "kq")
     if kv_bounds is None and q_bounds is None:
-        return Parts(masked, masked, None, None, None, -math.inf, sink, weight)
-    full = codegen.phase(tiles.full_program(program, keys), wrt, fast_bfloat16)
-    key_mask = codegen.key_mask(program) if keys else None
-    return Parts(masked, full, kv_bounds, q_bounds, key_mask, tiles.fill(program, keys), sink, weight)
+        return Parts(masked, masked, None, None, None, None, masked.deep, -math.inf, sink, weight)
+    mask = tiles.pair_mask(program, wrt) if pairs else None
+    graded = mask is not None and mask.graded  # scores between: any row may be as wide or deep as `masked`, in all of its tiles
+    full = codegen.phase(tiles.full_program(program, keys, pairs, wrt), wrt, fast_bfloat16, graded and masked.wide)
+    key_mask = codegen.key_mask(program) if keys and not pairs else None
+    deep = full.deep or (graded and masked.deep)
+    fill = tiles.fill(program, keys, pairs, wrt)
+    return Parts(masked, full, kv_bounds, q_bounds, key_mask, pair_mask, deep, fill, sink, weight)
 
 
 def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

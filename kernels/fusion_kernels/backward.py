@@ -43,6 +43,7 @@ from .dropout import keep_scale, threshold
 from .key_ranges import KeyRanges
 from .keys import Plans, allows_tf32, number, signature
 from .launch import Launch
+from .pair_ranges import PairRanges, asks
 from .program import Program
 
 __all__ = ["attention_backward", "plan", "stored"]
@@ -88,7 +89,7 @@ def attention_backward(
     """
     look = signature(do, q, k, v, seed, out, lse, dq, dk, dv, *captures), signature(*dcaptures), tuple(needs)
     tiles = dkdv_tile, dq_tile
-    key = (id(program), dropout_p, look, tuple(map(number, params)), tiles, allows_tf32(), configs.FEW_SCORES)
+    key = (id(program), dropout_p, look, tuple(map(number, params)), tiles, allows_tf32(), configs.asking())
     fill = _plans.get(key)
     if fill is None:
         fill = _plans[key] = plan(do, q, k, v, captures, program, dropout_p, out, lse, needs, dq, dk, dv, dcaptures, *tiles)
@@ -132,7 +133,7 @@ class _Plan:
     kept: Kept | None  # the table whose gradient dq's steps store
     tables: list[tuple[int, Launch]]
     sink: Launch | None
-    ranges: KeyRanges | None  # asks which keys padding hides
+    ranges: KeyRanges | PairRanges | None  # asks what tensors hide
 
     def __call__(
         self, do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Sequence[torch.Tensor],
@@ -190,7 +191,8 @@ def plan(
     B, H, N, D = q.shape
     kv_heads, M, DV = k.shape[1], k.shape[2], v.shape[3]
     wrt = tuple(i for i, need in enumerate(needs) if need and program.captures[i].kind == "float")
-    found = parts(program, wrt, q.dtype == torch.bfloat16, B * H * N * M >= configs.FEW_SCORES)
+    fast = q.dtype == torch.bfloat16
+    found = parts(program, wrt, fast, B * H * N * M >= configs.FEW_SCORES, asks(program, wrt, (B, H, N, M)))
     masked = found.masked
     weight, dweight = (None, None) if found.weight is None else (found.weight.value, found.weight.gradient)
     (D0, D1), (V0, V1) = split(D, q.dtype), split(DV, q.dtype)
@@ -214,20 +216,23 @@ def plan(
     align, (qs, ks, vs, gs) = strides(q, k, v, do)
     dropout = (threshold(dropout_p), keep_scale(dropout_p))
     exact = mode == configs.EXACT_FP32
+    apart, apart_full = masked.deep or exact, found.deep or exact
     # a row's base is in the units of both: a tile without its masks cannot have a factor of its own
-    whole_tiles = masked if exact and found.full.factor != masked.factor else found.full
-    apart, apart_full = masked.deep or exact, found.full.deep or exact
+    whole_tiles = masked if apart_full and found.full.factor != masked.factor else found.full
     deep = None
+    used = []  # the tiles that ask for bounds, (rows, keys)
     if apart:
         rows = _EXACT_ROWS if exact else _ROWS
         constants = (
-            qs, ks, vs, gs, *sizes, *dropout, -512.0 if found.full.deep else floor, found.kv_bounds if exact else None,
+            qs, ks, vs, gs, *sizes, *dropout, -512.0 if found.deep else floor, found.kv_bounds if exact else None,
             masked.score, masked.factor, dweight, found.sink and found.sink.value, exact, dropout_p > 0, align, *dims,
             rows, 32, mode,
         )  # fmt: skip
         deep = Launch(deep_rows, tiles_of(N, rows) * B * H, constants, warps=4, stages=1)
+        used += [(rows, 32)] if exact else []
 
     tile = dkdv_tile or configs.backward_dkdv(N, M, D0 + D1, V0 + V1, q.dtype, kind)
+    used.append((tile.block_m, tile.block_n))
     full = whole_tiles if found.q_bounds is not None else masked
     tma = tile.tma and configs.described(N, B * H * N * M) and whole and describable(q, do)
     constants = (
@@ -240,6 +245,7 @@ def plan(
     dkdv_tma = (Blocks(q, tile.block_m, D0), Blocks(do, tile.block_m, V0)) if tma else None
 
     tile = dq_tile or configs.backward_dq(N, M, D0 + D1, V0 + V1, q.dtype, kind)
+    used.append((tile.block_m, tile.block_n))
     full = whole_tiles if found.kv_bounds is not None else masked
     tma = tile.tma and configs.described(M, B * H * N * M) and whole and describable(k, v)
     kept = keep(masked, full, captures, q.dtype, sizes, tile, found.kv_bounds)
@@ -267,6 +273,7 @@ def plan(
         buffer = dcaptures[table.capture]
         assert buffer is not None
         tile = configs.backward_table(N, M, D0 + D1, V0 + V1, q.dtype)
+        used.append((tile.block_m, tile.block_n))
         place, offset = table.strides(buffer)
         grid = tiles_of(N, tile.block_m) * tiles_of(M, tile.block_n) * (1 if table.all_b else B) * (1 if table.all_h else H)
         constants = (
@@ -278,7 +285,11 @@ def plan(
     if found.sink is not None and found.sink.captures is not None:
         constants = (B, H, N, M, found.sink.value, found.sink.captures, masked.factor, apart, _ROWS)
         sink = Launch(sink_rows, row_grid, constants, warps=4, stages=1)
-    ranges = KeyRanges(program, found.key_mask, (B, H, N, M)) if found.key_mask is not None else None
+    ranges: KeyRanges | PairRanges | None = None
+    if found.pair_mask is not None:
+        ranges = PairRanges(found.pair_mask, (B, H, N, M), *map(min, zip(*used, strict=True)), backward=True)
+    elif found.key_mask is not None:
+        ranges = KeyRanges(program, found.key_mask, (B, H, N, M))
     rows = B * H * N
     scratch = Scratch(
         q.device,

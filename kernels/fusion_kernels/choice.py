@@ -109,7 +109,7 @@ def state(dtype: torch.dtype) -> tuple[object, ...]:
     """What decides how a call with q of this dtype is run, beside its arguments: what the user has set."""
     tf32 = dtype == torch.float32 and allows_tf32()
     settings = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
-    return _forced, *settings, tf32, configs.FEW_SCORES
+    return _forced, *settings, tf32, configs.asking()
 
 
 def choose(

@@ -8,6 +8,7 @@ Gluon, and in Triton's interpreter:
     captures(s, grad, ..., aux, daux)                        -> adds d(loss)/d(captures) to the buffers of daux
     bounds(q0, q1, b, h, sizes, aux)                         -> the four ends of `tiles.Bounds`; (k0, k1, ...) for query ranges
     key_mask(b, h, k, k_ok, sizes, aux)                      -> `tiles.key_mask`, a bool the shape of k
+    pair_mask(b, h, q, k, q_ok, k_ok, sizes, aux)            -> (alive, plain) of `tiles.pair_mask`, bools that broadcast
     sink(b, h, q, q_ok, sizes, aux)                          -> the program's sink, the shape of q
     sink_captures(grad, b, h, q, ..., aux, daux)             -> adds d(loss)/d(what the sink reads), given d(loss)/d(sink)
     weight(s, b, h, q, k, ...), dweight(s, grad, ...), weight_captures(s, grad, ..., aux, daux)
@@ -15,8 +16,8 @@ Gluon, and in Triton's interpreter:
 
 q and k are int32 indices that broadcast against s ((BLOCK_M, 1) and (1, BLOCK_N), or transposed), q_ok and k_ok say which
 of them are inside the tensors (or are the constexpr True), sizes is (B, H, N, M), and aux holds the integer parameters and
-then, for each capture, its pointer and its strides; for bounds, what `key_ranges` found comes last. An expression is computed
-at the shape of what it reads: a value that depends on the row alone costs one operation a row.
+then, for each capture, its pointer and its strides; for bounds, what `key_ranges` or `pair_ranges` found comes last. An
+expression is computed at the shape of what it reads: a value that depends on the row alone costs one operation a row.
 
 The source is registered in `linecache` under a hash of itself, because Triton reads the source of what it compiles.
 """
@@ -36,7 +37,8 @@ from .program import Node, Program
 from .source import Writer, axes, function, index_axes
 
 __all__ = [
-    "Phase", "Sink", "Table", "Weight", "aux_arguments", "bounds", "gradient_arguments", "key_mask", "phase", "sink", "weight",
+    "PairMask", "Phase", "Sink", "Table", "Weight", "aux_arguments", "bounds", "gradient_arguments", "key_mask", "pair_mask",
+    "phase", "sink", "weight",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------- the functions of a program
@@ -110,10 +112,13 @@ def _like_s(writer: Writer, root: Node) -> str:
 
 
 @lru_cache(maxsize=1024)
-def phase(program: Program, wrt: tuple[int, ...] = (), fast_bfloat16: bool = False) -> Phase:
-    """The device functions of `program`; wrt: the float captures whose gradients are wanted, in the order of daux."""
+def phase(program: Program, wrt: tuple[int, ...] = (), fast_bfloat16: bool = False, wide: bool = False) -> Phase:
+    """The device functions of `program`; wrt: the float captures whose gradients are wanted, in the order of daux.
+
+    wide: whether to take it for wide, whatever it reads.
+    """
     root = canonical(program.root)
-    wide = reaches(root, 1e6)
+    wide = wide or reaches(root, 1e6)
     inner, factor = (root, 1.0) if wide else peel(root, -math.inf, positive=True)
     writer = Writer(program, fast_bfloat16)
     result = _like_s(writer, inner)
@@ -255,11 +260,15 @@ def _plain_indices(node: Node, loads: _Loads) -> str | None:
 
 
 @lru_cache(maxsize=1024)
-def bounds(program: Program, over: str, keys: bool = False) -> Any:
+def bounds(program: Program, over: str, keys: bool = False, pairs: bool = False) -> Any:
     """The device function of `tiles.kv_bounds` (over="k") or `tiles.q_bounds` (over="q"), or None if nothing can be skipped.
 
     keys: narrowed by the ranges of live keys, a tensor and two strides at the end of aux (`key_ranges`).
+    pairs: looked up in what is there instead (`pair_ranges`).
     """
+    if pairs:
+        ranges = ", ".join(f"aux[{_behind(program) + i}]" for i in range(5))
+        return function("bounds", f"{_TILE[over]}, b, h, sizes, aux", [f"return device.{_LOOKUP[over]}, b, h, sizes, {ranges})"])
     found = tiles.kv_bounds(program) if over == "k" else tiles.q_bounds(program)
     keys = keys and tiles.key_mask(program) is not None
     if found is None and not keys:
@@ -268,13 +277,21 @@ def bounds(program: Program, over: str, keys: bool = False) -> Any:
     writer = Writer(program, fast_bfloat16=False)
     names = writer.write(found.lo, found.hi, found.full_lo, found.full_hi)
     result = ", ".join(f"tl.cast({n}, tl.int32)" for n in names)
-    tile = "q0, q1" if over == "k" else "k0, k1"
     if keys:
-        first = program.params + sum(1 + c.rank for c in program.captures)  # what aux has before
+        first = _behind(program)
         ranges = f"aux[{first}] + b * aux[{first + 1}] + h * aux[{first + 2}]"
         helper = "keys_inside(" if over == "k" else "queries_of_keys(k0, k1, "
         result = f"device.{helper}{result}, {ranges})"
-    return function("bounds", f"{tile}, b, h, sizes, aux", [*writer.lines, f"return {result}"])
+    return function("bounds", f"{_TILE[over]}, b, h, sizes, aux", [*writer.lines, f"return {result}"])
+
+
+_TILE = {"k": "q0, q1", "q": "k0, k1"}
+_LOOKUP = {"k": "keys_of_pairs(q0, q1", "q": "queries_of_pairs(k0, k1"}
+
+
+def _behind(program: Program) -> int:
+    """Where in aux the ranges are: behind all that `aux_arguments` has."""
+    return program.params + sum(1 + c.rank for c in program.captures)
 
 
 @lru_cache(maxsize=1024)
@@ -286,6 +303,28 @@ def key_mask(program: Program) -> Any:
     writer = Writer(program, fast_bfloat16=False)
     (name,) = writer.write(alive)
     return function("key_mask", "b, h, k, k_ok, sizes, aux", [*writer.lines, f"return {name}"])
+
+
+@dataclass(frozen=True)
+class PairMask:
+    """`tiles.pair_mask` as a device function, what it tells apart, and the bounds of structure alone (None: there are none)."""
+
+    function: Any
+    by_b: bool
+    by_h: bool
+    bounds: Any
+
+
+@lru_cache(maxsize=1024)
+def pair_mask(program: Program, wrt: tuple[int, ...] = (), fast_bfloat16: bool = False) -> PairMask | None:
+    """The device function of `tiles.pair_mask`, or None: no tensor decides about pairs. wrt, fast_bfloat16: as for `phase`."""
+    mask = tiles.pair_mask(program, wrt)
+    if mask is None:
+        return None
+    writer = Writer(program, fast_bfloat16)
+    alive, plain = writer.write(mask.alive, mask.plain)
+    value = function("pair_mask", "b, h, q, k, q_ok, k_ok, sizes, aux", [*writer.lines, f"return {alive}, {plain}"])
+    return PairMask(value, mask.depends_on("b"), mask.depends_on("h"), bounds(program, "k"))
 
 
 # ---------------------------------------------------------------- what the functions are called with

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 __all__ = [
-    "EXACT_FP32", "FEW_SCORES", "MANY_SCORES", "SHORT", "SLOTS", "SLOT_PROGRAMS", "Tile", "Traits",
-    "backward_dkdv", "backward_dq", "backward_table", "described", "forward", "together",
+    "EXACT_FP32", "FEW_PAIR_SCORES", "FEW_SCORES", "MANY_SCORES", "PAIR_SHARERS", "SHORT", "SLOTS", "SLOT_PROGRAMS", "Tile",
+    "Traits", "asking", "backward_dkdv", "backward_dq", "backward_table", "described", "forward", "together",
 ]  # fmt: skip
 
 # Where tf32 is not allowed, fp32 products are three tf32 products on the tensor cores: at most 1.6 times eager's error
@@ -20,6 +20,14 @@ EXACT_FP32 = "tf32x3"
 # some 10 us. An estimate between measurements: padding of a quarter that was left in cost 0.9 of FlexAttention's speed forward
 # and 0.8 backward at 2^27 and 2^28 scores; at 2^26 a forward was bound by the host.
 FEW_SCORES = 1 << 26
+
+# With fewer scores than this nobody asks which pairs of a query and a key tensors hide (`pair_ranges`), nor where fewer heads, of
+# all batches, share a mask. Both are estimates between measurements. A call takes two launches more; 2^27 scores take some 100 us
+# forward (D = 64). An element of a mask takes some 0.3 ps of the device (a byte at 3 TB/s, or ten instructions of 30 T a second),
+# a score 0.7 (D = 64) to 1.2 ps (D = 128) forward, 2.5 times that backward: of a mask that eight heads share, and that turns out
+# to hide nothing, at most 0.06 of a forward is lost, 0.03 of a backward.
+FEW_PAIR_SCORES = 1 << 27
+PAIR_SHARERS = 8
 
 # Memory for the parts of a learned table's gradient (`backward_slots`): so many bytes, or two waves of programs of one H200 where
 # these have longer rows. A learned bias took 5.60 ms backward with half of it, 5.48 with twice as much (B = 4, N = 4096,
@@ -135,6 +143,11 @@ _DKDV32 = {64: Tile(32, 64, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(32, 32, 4,
 _DQ32 = {64: Tile(64, 64, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(32, 32, 4, 1)}  # 32 (29), 26 (20)
 _TABLE = {64: Tile(64, 64, 4, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 64, 4, 1)}  # at 64, whole backward: 140 (139)
 _TABLE32 = {128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)}
+
+
+def asking() -> tuple[int, ...]:
+    """What decides of which masks a call asks tensors."""
+    return FEW_SCORES, FEW_PAIR_SCORES, PAIR_SHARERS
 
 
 def _pick(table: dict[int, Tile], d: int, dv: int, n: int, m: int) -> Tile:

@@ -16,9 +16,11 @@ __all__ = [
     "floor_divide",
     "floor_modulo",
     "keys_inside",
+    "keys_of_pairs",
     "load_rows",
     "probability",
     "queries_of_keys",
+    "queries_of_pairs",
     "store_rows",
     "stream_rows",
     "tile_ranges",
@@ -168,6 +170,36 @@ def queries_of_keys(k0, k1, lo, hi, full_lo, full_hi, ranges):
     reached = (k1 >= tl.load(ranges)) & (k0 < tl.load(ranges + 1))
     alive = (k0 >= tl.load(ranges + 2)) & (k1 < tl.load(ranges + 3))
     return lo, tl.where(reached, hi, 0), full_lo, tl.where(alive, full_hi, 0)
+
+
+@triton.jit
+def _together(ranges, first, last, size):
+    """Of the tiles first to last of a mask: where some of them have a live element, and where each is plain."""
+    lo = size
+    hi = 0
+    full_lo = 0
+    full_hi = size
+    for i in tl.range(first, last + 1):
+        at = ranges + 4 * i
+        lo = tl.minimum(lo, tl.load(at))
+        hi = tl.maximum(hi, tl.load(at + 1))
+        full_lo = tl.maximum(full_lo, tl.load(at + 2))
+        full_hi = tl.minimum(full_hi, tl.load(at + 3))
+    return lo, hi, full_lo, full_hi
+
+
+@triton.jit
+def keys_of_pairs(q0, q1, b, h, sizes, ranges, b_stride, h_stride, rows, columns):
+    """The key ranges of the queries q0 to q1, as `pair_ranges` found them for `rows` at a time."""
+    own = ranges + tl.cast(b, tl.int64) * b_stride + tl.cast(h, tl.int64) * h_stride
+    return _together(own, q0 // rows, q1 // rows, sizes[3])
+
+
+@triton.jit
+def queries_of_pairs(k0, k1, b, h, sizes, ranges, b_stride, h_stride, rows, columns):
+    """The query ranges of the keys k0 to k1, which lie behind those of all queries."""
+    own = ranges + tl.cast(b, tl.int64) * b_stride + tl.cast(h, tl.int64) * h_stride + 4 * tl.cdiv(sizes[2], rows)
+    return _together(own, k0 // columns, k1 // columns, sizes[2])
 
 
 @triton.jit

@@ -26,6 +26,7 @@ from .forward_kernels import forward_tiles
 from .key_ranges import KeyRanges
 from .keys import Plans, allows_tf32, number, signature
 from .launch import Launch
+from .pair_ranges import PairRanges, asks
 from .program import Program
 
 __all__ = ["attention_forward", "plan"]
@@ -58,7 +59,7 @@ def attention_forward(
         TypeError, ValueError: a dtype, head dim or length that these kernels do not take.
     """
     look = signature(q, k, v, seed, out, *captures)
-    key = (id(program), dropout_p, look, tuple(map(number, params)), tile, allows_tf32(), configs.FEW_SCORES)
+    key = (id(program), dropout_p, look, tuple(map(number, params)), tile, allows_tf32(), configs.asking())
     fill = _plans.get(key)
     if fill is None:
         fill = _plans[key] = plan(q, k, v, captures, program, dropout_p, out, tile)
@@ -78,7 +79,7 @@ class _Plan:
     place: Place
     launch: Launch
     tma: tuple[Blocks, Blocks] | None  # of k and v, where they go through the copy engine
-    ranges: KeyRanges | None  # asks which keys padding hides
+    ranges: KeyRanges | PairRanges | None  # asks what tensors hide
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: Sequence[torch.Tensor], params: Sequence[int],
@@ -116,7 +117,9 @@ def plan(
     check(q, k, v)
     B, H, N, D = q.shape
     M, DV = k.shape[2], v.shape[3]
-    found = parts(program, (), q.dtype == torch.bfloat16, B * H * N * M >= configs.FEW_SCORES)
+    sizes = (B, H, N, M)
+    fast = q.dtype == torch.bfloat16
+    found = parts(program, (), fast, B * H * N * M >= configs.FEW_SCORES, asks(program, (), sizes))
     masked = found.masked
     full = found.full if found.kv_bounds is not None else masked
     (D0, D1), (V0, V1) = split(D, q.dtype), split(DV, q.dtype)
@@ -133,6 +136,10 @@ def plan(
         D, D0, D1, DV, V0, V1, tile.block_m, tile.block_n, precision(q.dtype), tma, configs.together(B, kind),
     )  # fmt: skip
     launch = Launch(forward_tiles, tiles_of(N, tile.block_m) * B * H, constants, tile.warps, tile.stages)
-    ranges = KeyRanges(program, found.key_mask, (B, H, N, M)) if found.key_mask is not None else None
+    ranges: KeyRanges | PairRanges | None = None
+    if found.pair_mask is not None:
+        ranges = PairRanges(found.pair_mask, sizes, tile.block_m, tile.block_n, backward=False)
+    elif found.key_mask is not None:
+        ranges = KeyRanges(program, found.key_mask, sizes)
     blocks = (Blocks(k, tile.block_n, D0), Blocks(v, tile.block_n, V0)) if tma else None
     return _Plan(program, dropout_p > 0, Place(q.device), launch, blocks, ranges)

@@ -3,20 +3,21 @@
 Each structural predicate (a comparison of indices, sizes and parameters; no tensor) is replaced by True and by False. Where the
 result folds to a mask constant, the predicate decides. Conjunctions, disjunctions, nested ``where``, added and multiplied
 masks, ``minimum`` of masks are all the same case. So is padding: a predicate of tensors that are read at (b, h, k) decides
-about whole keys. Which keys, only its tensors say (`key_split`, `key_ranges`).
+about whole keys. Which keys, only its tensors say (`key_split`, `key_ranges`). And so are documents, and masks that come
+ready-made: predicates of tensors that are read at q and k, and numbers that are added to the score (`pair_split`, `pair_ranges`).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from .program import Node, apply, const, postorder, rebuild
 
-__all__ = ["Split", "key_split", "split"]
+__all__ = ["Split", "key_split", "pair_split", "split"]
 
 MASK = -1000.0  # a constant at or below this, chosen in place of a score, is a mask
 ABSORBING = -1e30  # a constant at or below this absorbs any score that it is added to
@@ -27,7 +28,9 @@ TRUE, FALSE = const(True), const(False)
 class Split:
     dead: Node  # bool: the element contributes nothing
     fill: float  # the largest score that such an element can have
-    live: Node  # the result where not dead
+    live: Node  # the result where plain
+    plain: Node  # bool: not dead; nor, where a number is added (`graded`), anything between dead and nothing added
+    graded: bool = False
 
 
 def _structural(node: Node) -> bool:
@@ -56,11 +59,41 @@ def _predicates(root: Node, fits: Callable[[Node], bool]) -> list[Node]:
     return list(found)
 
 
-def _mask_value(root: Node) -> float | None:
-    """An upper bound of `root` if it makes a mask of it, whatever score and tensors hold (barring NaN, +inf); else None."""
-    bounds: dict[Node, float | None] = {}
+def _about_pairs(node: Node) -> bool:
+    """Whether `node` says the same wherever it is asked: it does not read the score, nor a sum that one kernel rounds once, and
+    another one twice (x * y + z)."""
+    if node.depends_on("score", "grad"):
+        return False
+    sums = (n for n in postorder(node) if n.kind == "float" and n.op in ("add", "sub"))
+    return not any(a.op == "mul" for n in sums for a in n.args)
+
+
+def _terms(root: Node, learned: Collection[int]) -> list[Node]:
+    """What may be a mask that is added: the float expressions of tensors and positions beside the score, sums taken apart, that
+    read neither h (what differs from head to head is a bias) nor a capture of `learned`."""
+    found: dict[Node, None] = {}
+    stack, seen = [root], {root}
+    while stack:
+        for a in stack.pop().args:
+            if a.kind != "float" or a in seen:
+                continue
+            seen.add(a)
+            if a.op in ("add", "sub") or a.depends_on("score", "grad"):
+                stack.append(a)
+            elif a.depends_on("load") and a.depends_on("q", "k") and not a.depends_on("h"):
+                found[a] = None
+    return [a for a in found if not any(leaf.op == "load" and leaf.attr in learned for leaf in a.leaves)]
+
+
+def _mask_value(root: Node, known: Mapping[Node, float] | None = None) -> float | None:
+    """An upper bound of `root` if it makes a mask of it, whatever score and tensors hold (barring NaN, +inf); else None.
+
+    known: upper bounds of nodes, beside what follows from the expression.
+    """
+    bounds: dict[Node, float | None] = dict(known or {})
     for node in postorder(root):
-        bounds[node] = _upper(node, [bounds[a] for a in node.args])
+        if node not in bounds:
+            bounds[node] = _upper(node, [bounds[a] for a in node.args])
     bound = bounds[root]
     return bound if bound is not None and bound <= MASK else None
 
@@ -153,13 +186,12 @@ def _alone(root: Node, predicates: Sequence[Node]) -> tuple[Split, list[Node]] |
         dead = apply("or", dead, p if kills[0] is TRUE else _not(p))
         worst = max(worst, fills[kills[0]])  # type: ignore[type-var]
         live = _assume(live, {p: _not(kills[0])})
-    return Split(dead, worst, live), undecided
+    return Split(dead, worst, live, _not(dead)), undecided
 
 
-@lru_cache(maxsize=1024)
-def split(root: Node) -> Split | None:
-    """`root` as "dead here, `live` elsewhere"; None if no structural predicate decides."""
-    found = _alone(root, _predicates(root, _structural))
+def _decided(root: Node, fits: Callable[[Node], bool]) -> Split | None:
+    """What the predicates that fit decide, each by itself or a few together; None if they decide nothing."""
+    found = _alone(root, _predicates(root, fits))
     if found is None:
         return None
     dead, worst, live = found[0].dead, found[0].fill, found[0].live
@@ -179,7 +211,13 @@ def split(root: Node) -> Split | None:
             dead, worst = apply("or", dead, term), max(worst, value)
         if len(alive) == 1:
             live = alive.pop()
-    return None if dead is FALSE else Split(dead, worst, live)
+    return None if dead is FALSE else Split(dead, worst, live, _not(dead))
+
+
+@lru_cache(maxsize=1024)
+def split(root: Node) -> Split | None:
+    """`root` as "dead here, `live` elsewhere"; None if no structural predicate decides."""
+    return _decided(root, _structural)
 
 
 @lru_cache(maxsize=1024)
@@ -187,3 +225,24 @@ def key_split(root: Node) -> Split | None:
     """`root` as "dead at these keys, `live` at the others", by predicates of tensors alone; None if none decides."""
     found = _alone(root, _predicates(root, _about_keys))
     return None if found is None or found[0].dead is FALSE else found[0]
+
+
+@lru_cache(maxsize=1024)
+def pair_split(root: Node, learned: tuple[int, ...] = ()) -> Split | None:
+    """`root` as "dead at these (q, k), `live` where plain", by whatever tensors say; None if they decide nothing.
+
+    A number from a tensor that is added to the score is dead where it is at most ABSORBING, and plain where it is 0.
+
+    Args:
+        learned: the captures whose gradients are wanted, which every element that is not dead has a part in.
+    """
+    found = _decided(root, _about_pairs) or Split(FALSE, -math.inf, root, TRUE)
+    dead, worst, live, plain = found.dead, found.fill, found.live, found.plain
+    for term in _terms(live, learned):
+        bound = _mask_value(live, {term: ABSORBING})
+        if bound is None:
+            continue
+        dead, worst = apply("or", dead, apply("le", term, const(ABSORBING))), max(worst, bound)
+        plain = apply("and", plain, apply("eq", term, const(0.0)))
+        live = _assume(live, {term: const(0.0)})
+    return Split(dead, worst, live, plain, plain is not found.plain) if dead.depends_on("load") else None

@@ -3,6 +3,8 @@
 `masks` says when an element is dead, `ranges` where in a tile that can (or must) be so; both know no tensor's value. Causal,
 sliding window, prefix, chunked and block-diagonal masks are instances, not cases. What tensors say about whole keys (padding)
 is known only when they are: `key_mask` is the question, `key_ranges` asks it once a call, and its answer narrows the bounds.
+What they say about pairs of a query and a key (documents, ready-made masks) is `pair_mask`, asked by `pair_ranges` together with
+all the rest: its answer takes the place of the bounds.
 
 A skipped element is worth exactly 0 while its row has a visited score of at least ``fill + 128``, because
 exp(-128) < 2^-149 / 2 rounds to zero in fp32 (with the sum at least 1). A row without one has to visit every key.
@@ -12,13 +14,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
-from .masks import Split, key_split, split
+from .masks import Split, key_split, pair_split, split
 from .program import Node, Program, apply, const, size
 from .ranges import Solver
 
-__all__ = ["Bounds", "fill", "full_program", "key_mask", "kv_bounds", "no_bounds", "q_bounds"]
+__all__ = ["Bounds", "PairMask", "fill", "full_program", "key_mask", "kv_bounds", "no_bounds", "pair_mask", "q_bounds"]
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,43 @@ def _live(program: Program) -> Node:
     return program.root if parts is None else parts.live
 
 
-def _splits(program: Program, keys: bool) -> list[Split]:
-    parts = [split(program.root), key_split(_live(program)) if keys else None]
-    return [p for p in parts if p is not None]
+@dataclass(frozen=True)
+class PairMask:
+    """Bools of b, h, q and k. An element that is not alive has a score of at most ``fill(program, pairs=True)``."""
+
+    alive: Node
+    plain: Node  # alive, and the score is that of ``full_program(program, pairs=True)``
+    graded: bool  # whether there is something between: a number is added that may be neither 0 nor a mask
+
+    def depends_on(self, index: str) -> bool:
+        return self.alive.depends_on(index) or self.plain.depends_on(index)
+
+
+@lru_cache(maxsize=1024)
+def pair_mask(program: Program, learned: tuple[int, ...] = ()) -> PairMask | None:
+    """Which elements are alive as far as structure and tensors know; None: tensors decide at most about whole keys.
+
+    learned: the captures whose gradients are wanted; a mask that is added is none of them.
+    """
+    found = _splits(program, keys=True)
+    last = pair_split(found[-1].live if found else program.root, learned)
+    if last is None:
+        return None
+    alive = plain = const(True)
+    for part in (*found, last):
+        alive, plain = apply("and", alive, apply("not", part.dead)), apply("and", plain, part.plain)
+    return PairMask(alive, plain, last.graded)
+
+
+def _splits(program: Program, keys: bool = False, pairs: bool = False, learned: tuple[int, ...] = ()) -> list[Split]:
+    """By structure, by what hides whole keys, by all that tensors say: each of what the one before leaves alive."""
+    found: list[Split] = []
+    steps = [split, *([key_split] if keys or pairs else []), *([partial(pair_split, learned=learned)] if pairs else [])]
+    for step in steps:
+        part = step(found[-1].live if found else program.root)
+        if part is not None:
+            found.append(part)
+    return found
 
 
 def no_bounds(program: Program, over: str) -> Bounds:
@@ -92,21 +128,22 @@ def no_bounds(program: Program, over: str) -> Bounds:
 
 
 @lru_cache(maxsize=1024)
-def full_program(program: Program, keys: bool = False) -> Program:
-    """The score where every structural predicate is alive, and with `keys` the `key_mask` too: `program` without these masks."""
-    parts = _splits(program, keys)
+def full_program(program: Program, keys: bool = False, pairs: bool = False, learned: tuple[int, ...] = ()) -> Program:
+    """`program` without its masks: the score where every structural predicate is alive, with `keys` the `key_mask` too, and
+    with `pairs` where the `pair_mask` of `learned` is plain."""
+    parts = _splits(program, keys, pairs, learned)
     return program.with_root(parts[-1].live) if parts else program
 
 
 @lru_cache(maxsize=1024)
-def fill(program: Program, keys: bool = False) -> float:
+def fill(program: Program, keys: bool = False, pairs: bool = False, learned: tuple[int, ...] = ()) -> float:
     """An upper bound of the score that a skipped element would have; -inf if none is finite (or nothing is skipped).
 
-    keys: whether the keys that `key_mask` finds dead are skipped, too.
+    keys: whether the keys that `key_mask` finds dead are skipped, too. pairs: and what `pair_mask` of `learned` does.
 
     A row may skip while its largest visited score is at least ``fill + 128``. The bound is raised by 2^-10 of its size, so
     that for fills as large as ``finfo.min``, where adding 128 changes nothing, a row that met only masked elements still
     falls below it.
     """
-    worst = max((p.fill for p in _splits(program, keys)), default=-math.inf)
+    worst = max((p.fill for p in _splits(program, keys, pairs, learned)), default=-math.inf)
     return -math.inf if worst == -math.inf else max(worst, worst * (1 - 2**-10) - 128)

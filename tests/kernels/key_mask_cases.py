@@ -113,12 +113,14 @@ def case_of(p: Padded) -> tuple[Case, torch.Tensor]:
 
 @contextmanager
 def few_scores(number: int) -> Iterator[None]:
-    """`configs.FEW_SCORES` for calls inside; each case has a program of its own, so no older plan serves it."""
-    before, configs.FEW_SCORES = configs.FEW_SCORES, number
+    """Calls inside ask what tensors hide from so many scores on, keys or pairs, however few heads share a mask."""
+    before = configs.asking()
+    configs.FEW_SCORES = configs.FEW_PAIR_SCORES = number
+    configs.PAIR_SHARERS = 1
     try:
         yield
     finally:
-        configs.FEW_SCORES = before
+        configs.FEW_SCORES, configs.FEW_PAIR_SCORES, configs.PAIR_SHARERS = before
 
 
 def compare(p: Padded, device: str = "cpu") -> list[str]:

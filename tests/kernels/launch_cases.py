@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import key_mask_cases
+import pair_mask_cases
 import torch
 import triton_cases
 from fusion_kernels.launch import Launch
@@ -125,6 +126,12 @@ def padded(**options: Any) -> list[str]:
     """The same for a call that asks which keys padding hides, once in each direction."""
     with second_calls(7):
         return key_mask_cases.compare(key_mask_cases.Padded(**options))
+
+
+def paired(**options: Any) -> list[str]:
+    """The same for a call that asks which pairs tensors hide, with two kernels in each direction."""
+    with second_calls(9):
+        return pair_mask_cases.compare(pair_mask_cases.Paired(**options))
 
 
 def through_the_op() -> list[list[str]]:

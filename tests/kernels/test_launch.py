@@ -32,6 +32,11 @@ def test_the_second_call_with_padding(worker: ProcessPoolExecutor) -> None:
     assert worker.submit(run, "padded", **options).result() == []
 
 
+def test_the_second_call_with_documents(worker: ProcessPoolExecutor) -> None:
+    options = {"n": 37, "m": 129, "masks": ("documents", "padding"), "fill": "-inf"}
+    assert worker.submit(run, "paired", **options).result() == []
+
+
 def test_through_the_op_and_with_a_profiler(worker: ProcessPoolExecutor) -> None:
     """The forward's kernel and the four of a backward in fp32: directly, but as Triton offers it where somebody listens."""
     assert worker.submit(run, "through_the_op").result() == [["direct", "offered", "direct"]] * 5

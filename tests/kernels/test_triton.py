@@ -85,6 +85,10 @@ def test_half(worker: ProcessPoolExecutor, name: str) -> None:
     check(worker, name, (1, 2, 1, 33, 47, 32, 32), "float16")
 
 
+def test_low_scores_in_half(worker: ProcessPoolExecutor) -> None:
+    check(worker, "low", (1, 1, 1, 129, 129, 16, 16), "float16")
+
+
 @pytest.mark.parametrize("n,m", [(1, 1), (1, 70), (63, 1)])
 def test_lengths(worker: ProcessPoolExecutor, n: int, m: int) -> None:
     check(worker, "plain", (2, 1, 1, n, m, 16, 16))

@@ -163,6 +163,12 @@ def _sink_of_rows(s: Shape) -> Case:
     return Case(Program(root, (Capture("float", 3),), zero_rows=True, sink=sink), [torch.randn(s.batch, s.heads, s.n)])
 
 
+def _low(s: Shape) -> Case:
+    """Scores as low as a mask, of which the factor is taken out where there is none: a row's base has the units of both."""
+    x = apply("mul", apply("add", SCORE, const(-9000.0)), const(0.125))
+    return Case(Program(apply("where", CAUSAL, x, const(LOWEST))), [])
+
+
 def _softmax_one(s: Shape, zero_rows: bool) -> Case:
     """1 + sum exp(x): a sink of 0. Row 0 sees no key; without `zero_rows` it is NaN."""
     return Case(Program(apply("where", apply("lt", K, Q), _scaled(s), NEVER), zero_rows=zero_rows, sink=const(0.0)), [])
@@ -254,6 +260,7 @@ CASES: dict[str, Callable[[Shape], Case]] = {
     "math": _math,
     "sink": _sink,
     "sink of rows": _sink_of_rows,
+    "low": _low,
     "softmax one": lambda s: _softmax_one(s, zero_rows=True),
     "softmax one, NaN": lambda s: _softmax_one(s, zero_rows=False),
     "deep sink": _deep_sink,
