@@ -75,14 +75,18 @@ def _check_writes(shadow: Shadow, match: Match, scores: Scores) -> None:
             raise overwritten(value.shape)
 
 
-def profitable(match: Match, kernel: str, device: torch.device, trained: bool = False) -> str | None:
-    """Why fusing would not pay, or None where it does; trained: whether it will have a backward.
+def profitable(match: Match, kernel: str, device: torch.device, trained: bool = False, learned: bool = False) -> str | None:
+    """Why fusing would not pay, or None where it does.
+
+    Args:
+        trained: whether it will have a backward. learned: and gradients of what the score reads beside queries and keys.
 
     On CPU ATen's own kernel is taken at any size, the tiled reference only where the scores are far larger than a cache: an
     estimate. Its backward is the tiled one: a step took 1.3 to 1.5 of eager's time at 2 million scores, 0.9 and (causal) 0.3
     at 16 million (D = 64, one thread). On a GPU a small site is bound by the host, which launches the kernels of torch.compile
     as fast as ours. Training steps of five masks under both on one H200: at 0.1 million scores ours took 0.7 to 1.7 of
-    torch.compile's time, at 1.0 million 0.9 to 1.4, at 4.2 million (three masks) 0.7 to 0.9.
+    torch.compile's time, at 1.0 million 0.9 to 1.4, at 4.2 million (three masks) 0.7 to 0.9.  A window of 49 keys fills little of
+    a tile, and the gradient of its bias is most of the work: a step of Swin-B took 1.13 of torch.compile's time.
     """
     n, m = match.q.shape[2], match.k.shape[2]
     elements = sympy.Mul(n, m, match.q.shape[0], match.q.shape[1])
@@ -96,12 +100,15 @@ def profitable(match: Match, kernel: str, device: torch.device, trained: bool = 
         return None
     if elements.is_Integer and int(elements) < _CUDA_MIN:
         return f"{int(elements)} scores are too few for a fused kernel to pay"
+    if trained and learned and m.is_Integer and int(m) < _CUDA_FEW_KEYS:
+        return f"{int(m)} keys are too few for the gradient of a learned bias to pay"
     return None
 
 
 _CPU_TILED_MIN = 1 << 26
 _CPU_TRAINED_MIN = 1 << 24
 _CUDA_MIN = 1 << 21
+_CUDA_FEW_KEYS = 64
 
 
 def site_device(match: Match) -> torch.device:

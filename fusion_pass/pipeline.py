@@ -272,8 +272,8 @@ class _Run:
         kernel = named()
         trained = found.anchor.product.grad and (captured or any(needing))
         if self.when == "profitable":
-            reason = why_left(found.anchor.record.library, attention.device)
-            reason = reason or legality.profitable(found, kernel, attention.device, trained)
+            reason = why_left(found.anchor.record.library, attention.device, found.k.shape[2])
+            reason = reason or legality.profitable(found, kernel, attention.device, trained, captured)
             if reason is not None:
                 raise Refused(Reason.NOT_PROFITABLE, reason, 'when="always" fuses it all the same')
         return Verdict(True, kernel, named(backward=True, capture_grads=captured) if trained else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from checks import Recorder, assert_fused, assert_rule, compile_always, exactly, run
@@ -19,11 +20,14 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def test_where_it_is_left_alone() -> None:
+    many, few, some = sympy.Integer(256), sympy.Integer(255), sympy.Symbol("s0", integer=True, positive=True)
     plain = "torch has a kernel for scaled_dot_product_attention without a mask"
-    assert why_left("plain", CPU) == why_left("plain", GPU) == plain
-    assert why_left("masked", CPU) == "torch has a kernel for scaled_dot_product_attention on a CPU"
-    assert why_left("masked", GPU) is None
-    assert why_left("", CPU) is None  # written out, or what torch itself computes in products
+    assert why_left("plain", CPU, many) == why_left("plain", GPU, many) == plain
+    assert why_left("masked", CPU, many) == "torch has a kernel for scaled_dot_product_attention on a CPU"
+    assert why_left("masked", GPU, many) is None
+    assert why_left("masked", GPU, few) == "255 keys are too few to replace a kernel of torch"
+    assert why_left("masked", GPU, some) is None
+    assert why_left("", CPU, few) is None and why_left("", GPU, few) is None  # written out, or in products by torch itself
 
 
 def inputs(bias_grad: bool = False) -> list[Tensor]:
@@ -51,7 +55,7 @@ def test_a_call_that_stays_is_one_call(masked: bool) -> None:
     recorder, report = profitable(fn, *inputs())
     (site,) = report.refused
     assert site.verdict.reason is Reason.NOT_PROFITABLE
-    assert site.verdict.seen == why_left("masked" if masked else "plain", CPU)
+    assert site.verdict.seen == why_left("masked" if masked else "plain", CPU, sympy.Integer(63))
     assert called(recorder) == [F.scaled_dot_product_attention]
 
 

@@ -14,11 +14,11 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LENGTH = sympy.Symbol("s0", integer=True, positive=True)
 
 
-def reason(kernel: str, device: torch.device, *sizes: object, trained: bool = False) -> str | None:
+def reason(kernel: str, device: torch.device, *sizes: object, trained: bool = False, learned: bool = False) -> str | None:
     """sizes: B, H, N, M."""
     b, h, n, m = map(sympy.sympify, sizes)
     match = SimpleNamespace(q=SimpleNamespace(shape=(b, h, n, 64)), k=SimpleNamespace(shape=(b, h, m, 64)))
-    return legality.profitable(match, kernel, device, trained)  # type: ignore[arg-type]
+    return legality.profitable(match, kernel, device, trained, learned)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kernel", ["triton", "cudnn"])
@@ -27,6 +27,15 @@ def test_on_a_gpu(kernel: str) -> None:
     assert reason(kernel, GPU, 4, 16, 256, 256) is None
     assert reason(kernel, GPU, 1, 1, 16, 100_000) == "1600000 scores are too few for a fused kernel to pay"
     assert reason(kernel, GPU, 1, 16, LENGTH, LENGTH) is None  # a length that is not known may be long
+
+
+def test_windows_with_a_learned_bias() -> None:
+    few = "49 keys are too few for the gradient of a learned bias to pay"
+    assert reason("triton", GPU, 4096, 4, 49, 49, trained=True, learned=True) == few
+    assert reason("triton", GPU, 4096, 4, 49, 49, trained=True) is None
+    assert reason("triton", GPU, 4096, 4, 49, 49) is None
+    assert reason("triton", GPU, 4096, 4, 64, 64, trained=True, learned=True) is None
+    assert reason("triton", GPU, 4096, 4, LENGTH, LENGTH, trained=True, learned=True) is None
 
 
 def test_on_a_cpu() -> None:
