@@ -25,8 +25,8 @@ from .tape import Value
 __all__ = ["arguments", "in_products", "is_kernel", "kind_of", "laid_out_as", "visible", "why_left"]
 
 PLAIN, MASKED = "plain", "masked"
-# Steps of whole models (one H200, docs/models.md), ours over torch's own kernels: 2.2 with 49 keys and a learned bias (Swin), 0.89
-# with 384 and such a bias (an Evoformer's rows), 0.98 with 512 and padding (BERT).
+# Steps of whole models (one H200, docs/models.md), ours over torch's own kernels: 2.2 with 49 keys and a learned bias (Swin),
+# 0.89 with 384 and such a bias (an Evoformer's rows), 0.98 with 512 and padding (BERT).
 FEWEST_KEYS = 256
 
 
