@@ -49,22 +49,32 @@ def visible(mask: Value | None) -> tuple[Value, bool] | None:
         mask = mask.record.args[0]
     record = mask.record if mask is not None and mask.node is None else None
     if record is None or record.op not in _CHOSEN:
-        return None  # whoever made it himself may have chosen between any numbers
-    chosen = record.args[_CHOSEN[record.op]]
-    return chosen, record.op == "where.self" and _number(record.args[1]) == 0
+        return None
+    chosen, *numbers = (record.args[i] for i in _CHOSEN[record.op])
+    if sorted(map(_is_hidden, numbers), key=str) != [False, True]:
+        return None  # whoever made it may have chosen between any numbers
+    return chosen, bool(_is_hidden(numbers[1]))
 
 
 _ALIGNED = frozenset({"expand.default", "constant_pad_nd.default", "slice.Tensor"})
-_CHOSEN = {"where.self": 0, "masked_fill.Scalar": 1, "masked_fill.Tensor": 1}  # op -> position of the condition
+# op -> positions of the condition, of what is chosen where it is True, and of the rest
+_CHOSEN = {"where.self": (0, 1, 2), "masked_fill.Scalar": (1, 2, 0), "masked_fill.Tensor": (1, 2, 0)}
+_ZEROS = frozenset({"zeros.default", "zeros_like.default", "new_zeros.default"})
+HIDDEN = -65504.0  # what is added to hide a key, at most
 
 
 def _in_one_call(a: Value, b: Value) -> bool:
     return a.node is None and a.record is not None and b.record is not None and a.record.node is b.record.node
 
 
-def _number(x: Any) -> Any:
-    """What a tensor of one number holds, where it is made here."""
-    return x.record.args[0] if isinstance(x, Value) and x.record is not None and x.record.op == "scalar_tensor.default" else x
+def _is_hidden(x: Any) -> bool | None:
+    """Whether a number, or a tensor of one, hides a key that it is added to; None where it is neither such a number nor 0."""
+    record = x.record if isinstance(x, Value) else None
+    if record is not None:
+        x = 0.0 if record.op in _ZEROS else record.args[0] if record.op == "scalar_tensor.default" else None
+    if not isinstance(x, (int, float)) or (x != 0 and not x <= HIDDEN):
+        return None
+    return x != 0
 
 
 def kind_of(mask: Value | None) -> str:

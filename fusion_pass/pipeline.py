@@ -148,11 +148,17 @@ class _Run:
             if node.name in self.closed or len(self.shadow.by_node[node]) < 2:
                 continue
             try:
-                if self._match(anchor).output.node is None:
+                if self._match(anchor).output.node is None and not self._left(anchor):
                     found[node] = None
             except Refused:
                 continue
         return list(found)
+
+    def _left(self, anchor: Anchor) -> str | None:
+        """Why a call of the library's attention is not replaced, or None where it is, or where it is no such call."""
+        found = self._match(anchor)
+        given = anchor.record.library, legality.site_device(found), found.k.shape[2]
+        return why_left(*given) if self.when == "profitable" else None
 
     def _match(self, anchor: Anchor) -> Match:
         """The match of an anchor, made once."""
@@ -272,8 +278,7 @@ class _Run:
         kernel = named()
         trained = found.anchor.product.grad and (captured or any(needing))
         if self.when == "profitable":
-            reason = why_left(found.anchor.record.library, attention.device, found.k.shape[2])
-            reason = reason or legality.profitable(found, kernel, attention.device, trained, captured)
+            reason = self._left(found.anchor) or legality.profitable(found, kernel, attention.device, trained, captured)
             if reason is not None:
                 raise Refused(Reason.NOT_PROFITABLE, reason, 'when="always" fuses it all the same')
         return Verdict(True, kernel, named(backward=True, capture_grads=captured) if trained else "")

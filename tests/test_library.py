@@ -98,6 +98,29 @@ def test_numbers_that_the_caller_chose_are_a_mask_of_numbers(low: float) -> None
     assert_rule(fused, run(fn, given), exactly(fn, given))
 
 
+@torch.compiler.allow_in_graph
+def softmax_of_a_masked_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, low: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, bias.masked_fill(bias > 1, low).expand(2, 3, 63, 63))
+
+
+@torch.compiler.allow_in_graph
+def softmax_of_a_choice(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, low: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, torch.where(bias > 1, low, 0.0))
+
+
+@pytest.mark.parametrize("low", [-0.5, float("-inf")])
+@pytest.mark.parametrize("composite", [softmax_of_a_masked_bias, softmax_of_a_choice])
+def test_numbers_that_are_chosen_in_the_same_call(composite: Callable[..., Tensor], low: float) -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return composite(q, k, v, mask, low)
+
+    given = inputs()
+    recorder = Recorder("eager")
+    fused = run(compile_always(fn, recorder), given)
+    assert_fused(fusion_pass.last_report(), recorder, 1)
+    assert_rule(fused, run(fn, given), exactly(fn, given))
+
+
 def test_a_bool_mask_is_a_choice() -> None:
     """Whatever torch makes of it for its kernel."""
     recorder = Recorder("eager")
