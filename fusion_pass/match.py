@@ -93,7 +93,9 @@ def match(shadow: Shadow, anchor: Anchor, prefer: Collection[int] = ()) -> Match
             raise
         for record in _products_of_one(shadow, anchor):
             with suppress(Refused):
-                return _split(shadow, anchor, prefer, record)
+                found = _split(shadow, anchor, prefer, record)
+                if found.terms == 1:
+                    return found
         raise
 
 

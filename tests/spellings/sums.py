@@ -80,3 +80,10 @@ def no_guard_on_the_sum(q: Tensor, k: Tensor, v: Tensor, twin: bool = False) -> 
 def a_map_of_positions_alone(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, twin: bool = False) -> Tensor:
     """A softmax of no product is no attention (ConViT's positions)."""
     return (_softmax(q, k) + (bias.softmax(-1) if twin else _softmax(k, q))) @ v
+
+
+@spelling(*qkv(n=63), t(2, 3, 63, 1), t(2, 3, 1, 63), sites=2, refused=Reason.NO_SCORES)
+def no_product_for_one_of_the_terms(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, twin: bool = False) -> Tensor:
+    """A bias that is an outer product is no product of matrices in one term while another one has some."""
+    first = (q @ k.mT * 0.25 + a * b).softmax(-1)
+    return (first + ((a * b).softmax(-1) if twin else _softmax(k, q))) @ v
