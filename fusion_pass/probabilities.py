@@ -39,6 +39,7 @@ from .tape import Record
 __all__ = ["Probabilities", "find_softmaxes", "written"]
 
 ZERO = const(0.0)
+MAX_TERMS = 8  # of a sum of softmaxes: each is a site of its own, to be described and compiled
 _MADE = frozenset({"softmax", "log_softmax", "sum", "logsumexp"})  # what a softmax is made of, in some spelling
 
 
@@ -130,6 +131,8 @@ class _Reader:
         first, second = map(self.read, node.args)
         if first is None or second is None:
             return None
+        if len(first) + len(second) > MAX_TERMS:
+            return self._stop(node)
         if node.op == "sub":
             second = tuple(replace(t, weight=apply("neg", t.weight)) for t in second)
         found: dict[tuple[Node, Draw | None], Probabilities] = {}

@@ -599,3 +599,15 @@ def test_vmap_and_custom_functions_stay_right() -> None:
     inputs = CASES[0].make()
     fused = run(compile_always(fn, Recorder("eager")), inputs)
     assert_rule(fused, run(fn, inputs), exactly(fn, inputs))
+
+
+def test_a_sum_of_many_softmaxes() -> None:
+    """Each would be an op of its own."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sum((q @ k.mT * i).softmax(-1) for i in range(1, 10)) @ v
+
+    q, k, v = (torch.randn(2, 3, 63, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    compile_always(fn, Recorder("eager"))(q, k, v)
+    report = fusion_pass.last_report()
+    assert not report.fused and {s.verdict.reason for s in report.refused} == {Reason.PROBABILITIES_EDITED}
