@@ -59,6 +59,7 @@ def visible(mask: Value | None) -> tuple[Value, bool] | None:
 _ALIGNED = frozenset({"expand.default", "constant_pad_nd.default", "slice.Tensor"})
 # op -> positions of the condition, of what is chosen where it is True, and of the rest
 _CHOSEN = {"where.self": (0, 1, 2), "masked_fill.Scalar": (1, 2, 0), "masked_fill.Tensor": (1, 2, 0)}
+_NUMBERS = {"scalar_tensor.default": 0, "full.default": 1, "full_like.default": 1}  # op -> position of the number
 _ZEROS = frozenset({"zeros.default", "zeros_like.default", "new_zeros.default"})
 HIDDEN = -65504.0  # what is added to hide a key, at most
 
@@ -71,7 +72,7 @@ def _is_hidden(x: Any) -> bool | None:
     """Whether a number, or a tensor of one, hides a key that it is added to; None where it is neither such a number nor 0."""
     record = x.record if isinstance(x, Value) else None
     if record is not None:
-        x = 0.0 if record.op in _ZEROS else record.args[0] if record.op == "scalar_tensor.default" else None
+        x = 0.0 if record.op in _ZEROS else record.args[_NUMBERS[record.op]] if record.op in _NUMBERS else None
     if not isinstance(x, (int, float)) or (x != 0 and not x <= HIDDEN):
         return None
     return x != 0
