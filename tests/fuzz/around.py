@@ -18,10 +18,10 @@ GUARDS = (
 
 
 class AroundWriter:
-    """Writes for a `Writer`. selects: whether some probabilities are chosen to be 0."""
+    """Writes for a `Writer`. selects: whether some probabilities are chosen to be 0; subtracts: whether two softmaxes are."""
 
     def __init__(self, writer: Any) -> None:
-        self.w, self.selects = writer, False
+        self.w, self.selects, self.subtracts = writer, False, False
 
     def column(self) -> str:
         """A column that takes part in the softmax alone, at times; the slice that leaves it out again, or an empty text."""
@@ -45,12 +45,22 @@ class AroundWriter:
             w.line(f"s = torch.cat(({column}, s)[::-1], -1)")
         return w.pick("p = p[..., :-1]", "p = p[..., :m]", "p = p.narrow(-1, 0, m)")
 
+    def difference(self) -> bool:
+        """At times a second softmax, of other scores of the same product, is taken from the first."""
+        if not self.w.chance(5):
+            return False
+        self.subtracts = True
+        scores, share = self.w.pick("s * 0.5", "-s"), self.w.pick("0.5", "0.25")
+        self.w.line(f"p = p - {share} * torch.softmax({scores}, -1).to(p.dtype)")
+        return True
+
     def weight(self) -> None:
         """At times something linear in each probability: a factor, a mask that is applied again, a guard against NaN."""
         w = self.w
         if not w.chance(8):
             return
-        kind = w.pick("heads", "mask", "mask", "again", "guard", "number")
+        guard = "number" if self.subtracts else "guard"  # whether a difference is NaN is no question to each of its terms
+        kind = w.pick("heads", "mask", "mask", "again", guard, "number")
         self.selects |= kind in ("guard", "mask")
         if kind == "guard":
             return w.line(w.pick(*GUARDS))

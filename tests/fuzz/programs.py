@@ -421,6 +421,7 @@ def _write(source: bytes, lengths: tuple[int, int] | None) -> tuple[Writer, Writ
         w.line(leave_out)
     if after:
         w.line(after)
+    difference = not spoiled and not leave_out and w.around.difference()
     softmaxed = len(w.lines)
     if not spoiled:
         w.around.weight()
@@ -430,14 +431,15 @@ def _write(source: bytes, lengths: tuple[int, int] | None) -> tuple[Writer, Writ
         w.around.weight()
         weighted = len(w.lines) > softmaxed
     w.values()
-    company = w.company(bool(dropout or leave_out))
+    company = [] if difference else w.company(bool(dropout or leave_out))
     for line in company:
         w.line(line)
     by_hand = any(x.startswith("e = ") for x in w.lines)
     either = min(w.s.n, w.s.m) == 1 and spoiled or w.folds() or (w.unshifted and weighted) or (w.s.m == 1 and by_hand)
     fused = None if either else not spoiled
     returned += ", more" if company else ""
-    return w, _finished(w, returned, fused, 2 if company else 1, dropout, start, poison=not spoiled)
+    # what is not finite in a value is infinity less infinity where two softmaxes are subtracted
+    return w, _finished(w, returned, fused, 2 if company or difference else 1, dropout, start, poison=not (spoiled or difference))
 
 
 def _finished(
