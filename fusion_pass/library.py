@@ -125,7 +125,7 @@ def in_products(
     if is_causal:
         seen = torch.ones(query.size(-2), key.size(-2), dtype=torch.bool, device=query.device).tril()
         scores = scores.masked_fill(~seen, -torch.inf)
-    p = torch.softmax(scores, -1) if mask is None else torch.ops.aten._safe_softmax(scores, -1)
+    p = torch.ops.aten._safe_softmax(scores, -1)
     return (torch.dropout(p, dropout_p, train=True) if dropout_p else p) @ value
 
 

@@ -142,6 +142,8 @@ FOUND = {
     "an infinite gradient": written("return F.silu(q @ k.mT).softmax(-1) @ v", (*qkv()[:2], Input("v", ROW, poison=inf))),
     # ATen gives 0 to rows whose scores are all -inf, and without a mask to rows that are all NaN; softmax gives NaN.
     "scores of -inf": written("return (q.abs() @ -k.abs().mT).softmax(-1) @ v", qkv(poison=inf)),
+    # torch's kernels give zeros for such a row, with a mask and without.
+    "scores of -inf, in one call": written("return F.scaled_dot_product_attention(q.abs(), -k.abs(), v)", qkv(poison=inf)),
     # lse was NaN in a row with +inf, and so was dv at all of its keys; of exp(s - logsumexp(s)) eager has NaN at that key alone.
     "a score of inf": written(
         """
