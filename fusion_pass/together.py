@@ -86,11 +86,11 @@ def _made(shadow: Shadow, splice: Splice) -> list[tuple[Value, Reason]]:
 
 def _masks(shadow: Shadow, splice: Splice, staying: Collection[Node]) -> Iterator[tuple[Value, Reason]]:
     """What is made of the dropout mask and not of the scores, by no attention that stays."""
-    bits, end = splice.matches[0].bits, splice.matches[0].end
-    if bits is None:
-        return
-    drawn = shadow.made_from(bits.record.seq, end, staying)
-    yield from ((v, Reason.DROPOUT) for v in sorted(drawn - _scored(shadow, splice), key=lambda v: -v.seq))
+    scored = _scored(shadow, splice)
+    for match in splice.matches:
+        if match.bits is not None:
+            drawn = shadow.made_from(match.bits.record.seq, match.end, staying)
+            yield from ((v, Reason.DROPOUT) for v in sorted(drawn - scored, key=lambda v: -v.seq))
 
 
 def _needed(

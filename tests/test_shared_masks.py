@@ -232,3 +232,19 @@ def test_a_difference_of_two_softmaxes_that_is_dropped() -> None:
     assert_rate(keep, P, causal=False)
     exact = (q @ k.mT).double().softmax(-1) - 0.5 * (q @ k.mT * 2).double().softmax(-1)
     torch.testing.assert_close(out.double(), torch.where(keep, exact / (1 - P), 0.0), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("returned", [False, True])
+def test_a_mask_of_the_second_term_alone(returned: bool) -> None:
+    """Whoever else reads it has to read the bits that the attention drops by: then nothing is fused."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        first, second = (q @ k.mT).softmax(-1), (q @ k.mT * 2).softmax(-1)
+        noise = noise_like(second)
+        return (first - second * noise) @ v, *((noise,) if returned else ())
+
+    q, k, v, _ = operands(63, 129)
+    compile_always(fn, Recorder("eager"))(q, k, v)
+    report = fusion_pass.last_report()
+    assert len(report.fused) == (0 if returned else 2), sites_text(report)
+    assert {site.verdict.reason for site in report.refused} == ({DROPOUT} if returned else set())
